@@ -1,0 +1,217 @@
+"""The shared cache: blocks that every worker sees in an order of its own, each key stored once.
+
+A *block* is an append-only run of tokens; key n is stored rotated to position n of its block. A *view* is
+an ordered list of blocks, the last of which its worker writes to; a block starts where those before it
+end. For row t (a new token) and block b two integers then say everything:
+
+    offset[t, b]    where the block starts in that row's view
+    visible[t, b]   how many of its tokens the row may see: all; index + 1 of its own block; 0 if not in view
+
+    score(t, b, n) = <R(position[t] - offset[t, b]) q_t, R(n) k_bn>     for n < visible[t, b]
+
+Only the query knows about the view: it is rotated once per block, a key never.
+
+Tokens live in a pool of pages; a page belongs to one block. Attention goes over the pool once for all
+rows, whoever they belong to: page by page with the query for that page's block, then one softmax.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config, InputError
+from .memory import allocating
+from .rope import attention_factor, inverse_frequencies, rotate, rotation
+
+PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
+
+Block = Hashable  # a block is known by its name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one step needs to know about positions: made once by `Cache.extend`, used by every layer.
+
+    B counts the blocks in this step's views, P the pages from the pool's start to the last one in use.
+    """
+
+    offset: Tensor  # [T, B] int64
+    visible: Tensor  # [T, B] int64
+    last: Tensor  # [W] int64: the row of each worker's last token
+    slots: Tensor  # [T] int64: where in the pool each new token goes, page * PAGE + place in the page
+    page_column: Tensor  # [P] int64: the column b of the block that owns the page
+    key_rotation: tuple[Tensor, Tensor]  # [T, 1, D] each: to the index in the own block
+    query_rotation: tuple[Tensor, Tensor]  # [T, B, 1, D] each: to position - offset
+    mask: Tensor  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere
+
+
+class Cache:
+    """Keys and values of all blocks, for all layers."""
+
+    def __init__(
+        self, config: Config, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
+        if len(set(blocks)) != len(blocks):
+            raise InputError(f"cache: block names must differ: {list(blocks)}")
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
+        self.scale = attention_factor(config.rope) ** 2 / config.head_dim**0.5
+        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self.lengths = {block: 0 for block in blocks}
+        self.pages: dict[Block, list[int]] = {block: [] for block in blocks}
+        self._number = {block: number for number, block in enumerate(blocks)}
+        self._free: list[int] = []  # a heap, so that the pool stays dense at its start
+        self._owner = torch.empty(0, dtype=torch.int64)  # [capacity]: number of the block, -1 if free
+        self._start = torch.empty(0, dtype=torch.int64)  # [capacity]: index in its block of its first token
+        K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+        # Keys lie by page, since each page meets a query of its own; values by head, since after the softmax
+        # the pool is one long row of weights.
+        self.keys = [torch.empty(0, K, PAGE, D, dtype=dtype, device=device) for _ in range(L)]
+        self.values = [torch.empty(K, 0, D, dtype=dtype, device=device) for _ in range(L)]
+
+    def extend(self, views: Sequence[Sequence[Block]], counts: Sequence[int]) -> Plan:
+        """Make room for `counts[w]` new tokens at the end of the last block of `views[w]`, for each worker.
+
+        The blocks' lengths advance at once; `forward` with this plan then writes the keys and values.
+        Raises InputError where the views contradict each other; the cache is then as it was.
+        """
+        self._check(views, counts)
+        slots = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
+        columns = list(dict.fromkeys(block for view in views for block in view))
+        offset = torch.zeros(len(views), len(columns), dtype=torch.int64)
+        visible = torch.zeros_like(offset)
+        for w, view in enumerate(views):
+            start = 0
+            for block in view:
+                b = columns.index(block)
+                offset[w, b], visible[w, b] = start, self.lengths[block]
+                start += self.lengths[block]
+
+        # From a row for each worker to a row for each token: they differ in the index in the own block.
+        repeats = torch.tensor(counts)
+        offset, visible = offset.repeat_interleave(repeats, 0), visible.repeat_interleave(repeats, 0)
+        index = torch.cat(
+            [torch.arange(self.lengths[v[-1]] - n, self.lengths[v[-1]]) for v, n in zip(views, counts)]
+        )
+        rows = torch.arange(len(index))
+        own = torch.tensor([columns.index(view[-1]) for view in views]).repeat_interleave(repeats)
+        visible[rows, own] = index + 1
+        position = offset[rows, own] + index
+
+        column = torch.full((len(self.lengths) + 1,), -1)  # the last entry is for free pages, owner -1
+        column[[self._number[block] for block in columns]] = torch.arange(len(columns))
+        page_column = column[self._owner]
+        page_column = page_column[: int((page_column >= 0).nonzero().max()) + 1]
+        index_in_block = self._start[: len(page_column), None] + torch.arange(PAGE)  # [P, PAGE]
+        seen = index_in_block < visible[:, page_column, None]  # [T, P, PAGE]
+        seen &= (page_column >= 0)[:, None]
+        mask = torch.zeros(seen.shape, dtype=self.compute_dtype).masked_fill_(~seen, -torch.inf)
+        key_rotation = rotation(index, self.frequencies, self.compute_dtype)
+        query_rotation = rotation(position[:, None] - offset, self.frequencies, self.compute_dtype)
+        return Plan(
+            offset=offset.to(self.device),
+            visible=visible.to(self.device),
+            last=(repeats.cumsum(0) - 1).to(self.device),
+            slots=slots.to(self.device),
+            page_column=page_column.clamp(min=0).to(self.device),
+            key_rotation=tuple(x[:, None].to(self.device) for x in key_rotation),
+            query_rotation=tuple(x[:, :, None].to(self.device) for x in query_rotation),
+            mask=mask[:, None].to(self.device),
+        )
+
+    def append(self, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
+        self.keys[layer][plan.slots // PAGE, :, plan.slots % PAGE] = rotate(k, *plan.key_rotation)
+        self.values[layer][:, plan.slots] = v.transpose(0, 1)
+
+    def attend(self, layer: int, q: Tensor, plan: Plan) -> Tensor:
+        """Attention of the step's queries, [T, H, D] as projected, over all they see: [T, H, D]."""
+        T, H, D = q.shape
+        P, K = len(plan.page_column), self.config.num_key_value_heads
+        keys, values = self.keys[layer][:P], self.values[layer][:, : P * PAGE]
+        q = rotate(q[:, None], *plan.query_rotation)  # [T, B, H, D]
+        q = q.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
+        scores = q.reshape(P * K, -1, D) @ keys.view(P * K, PAGE, D).mT  # [P K, T G, PAGE]
+        scores = scores.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
+        scores = torch.add(plan.mask, scores, alpha=self.scale)
+        weights = scores.flatten(3).softmax(-1).to(values.dtype)  # [K, T, G, P PAGE]
+        mixed = weights.flatten(1, 2) @ values  # [K, T G, D]
+        return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D)
+
+    @torch.no_grad()
+    def move(self, source: Block, target: Block) -> None:
+        """Append the whole of one block to another and empty it: keys turned on, values copied.
+
+        Raises InputError for a block that the cache does not have, or a move onto itself.
+        """
+        self._known([source, target])
+        if source == target:
+            raise InputError(f"block {source!r} cannot be moved onto itself")
+        count, at = self.lengths[source], self.lengths[target]
+        if not count:
+            return
+        old = self._slots(source, 0, count).to(self.device)
+        new = self._claim(target, count).to(self.device)
+        turn = [x.to(self.device) for x in rotation(torch.tensor(at), self.frequencies, self.compute_dtype)]
+        for keys, values in zip(self.keys, self.values):
+            keys[new // PAGE, :, new % PAGE] = rotate(keys[old // PAGE, :, old % PAGE], *turn)
+            values[:, new] = values[:, old]
+        for page in self.pages[source]:
+            heapq.heappush(self._free, page)
+            self._owner[page] = -1
+        self.pages[source], self.lengths[source] = [], 0
+
+    def _check(self, views: Sequence[Sequence[Block]], counts: Sequence[int]) -> None:
+        if not views or len(views) != len(counts) or not all(views):
+            raise InputError("a step needs at least one view, none of them empty, and a token list for each")
+        for view in views:
+            self._known(view)
+            if len(set(view)) != len(view):
+                raise InputError(f"a block stands twice in the view {list(view)}")
+        own = [view[-1] for view in views]
+        if len(set(own)) != len(own):
+            raise InputError(f"two views of one step end in the same block: {own}")
+        if min(counts) < 1:
+            raise InputError(f"each worker of a step feeds at least one token, not {min(counts)}")
+
+    def _known(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            if block not in self.lengths:
+                raise InputError(f"unknown block {block!r}: the cache has {', '.join(map(str, self.lengths))}")
+
+    def _slots(self, block: Block, start: int, stop: int) -> Tensor:
+        n = torch.arange(start, stop)
+        return torch.tensor(self.pages[block])[n // PAGE] * PAGE + n % PAGE
+
+    def _claim(self, block: Block, count: int) -> Tensor:
+        """Lengthen a block by `count` tokens; returns their slots, [count]."""
+        start = self.lengths[block]
+        pages = self.pages[block]
+        missing = -(-(start + count) // PAGE) - len(pages)
+        if missing > len(self._free):
+            self._grow(len(self._owner) + max(len(self._owner), missing - len(self._free)))
+        for _ in range(missing):
+            page = heapq.heappop(self._free)
+            self._owner[page], self._start[page] = self._number[block], len(pages) * PAGE
+            pages.append(page)
+        self.lengths[block] = start + count
+        return self._slots(block, start, start + count)
+
+    def _grow(self, capacity: int) -> None:
+        """Enlarge the pool to `capacity` pages. It at least doubles, so a token is copied about once."""
+        old = len(self._owner)
+        K, D = self.config.num_key_value_heads, self.config.head_dim
+        layer_bytes = 2 * capacity * PAGE * K * D * self.dtype.itemsize
+        with allocating(len(self.keys) * layer_bytes, f"a cache of {capacity * PAGE} tokens", self.device):
+            for layer, (keys, values) in enumerate(zip(self.keys, self.values)):
+                # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.
+                self.keys[layer] = torch.cat((keys, keys.new_zeros(capacity - old, K, PAGE, D)))
+                self.values[layer] = torch.cat((values, values.new_zeros(K, (capacity - old) * PAGE, D)), 1)
+        self._free += range(old, capacity)  # higher than all in it: still a heap
+        self._owner = torch.cat((self._owner, torch.full((capacity - old,), -1)))
+        self._start = torch.cat((self._start, torch.zeros(capacity - old, dtype=torch.int64)))

@@ -1,0 +1,83 @@
+"""What a model is: its numbers (Config) and its tensors (Weights). Nothing here computes.
+
+Dimension letters, used in every file: T new tokens of a step (all workers together), W workers,
+B blocks, N tokens of a block, L layers, H query heads, K key/value heads, G = H / K, D head dim,
+E hidden size, F inner size of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Input that cannot be used. The message is one line: the culprit, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions become angles: config.json's `rope_parameters` (or `rope_theta` and `rope_scaling`)."""
+
+    type: str = "default"  # default, linear, llama3 or yarn
+    theta: float = 10000.0
+    factor: float = 1.0  # linear, llama3, yarn: how much longer than trained
+    original_context: int = 0  # llama3, yarn: original_max_position_embeddings
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn: m; None: from factor and the two mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of one model, under config.json's names."""
+
+    vocab_size: int  # V
+    hidden_size: int  # E
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # D
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: Rope
+
+    @property
+    def context(self) -> int:
+        """Tokens that one view may hold. YaRN counts: configs of the wild leave max_position_embeddings
+        unscaled (Qwen) or scale it (DeepSeek)."""
+        scaled = int(self.rope.original_context * self.rope.factor) if self.rope.type == "yarn" else 0
+        return max(self.max_position_embeddings, scaled)
+
+
+@dataclass
+class Layer:
+    """One transformer layer. q, k and v are one matrix, as are gate and up: fewer, larger products."""
+
+    attn_norm: Tensor  # [E]
+    qkv: Tensor  # [(H + 2K) D, E]
+    qkv_bias: Tensor | None  # [(H + 2K) D]  (Qwen2)
+    q_norm: Tensor | None  # [D]  (Qwen3)
+    k_norm: Tensor | None  # [D]  (Qwen3)
+    out: Tensor  # [E, H D]
+    mlp_norm: Tensor  # [E]
+    gate_up: Tensor  # [2F, E]
+    down: Tensor  # [E, F]
+
+
+@dataclass
+class Weights:
+    """Every tensor of one model."""
+
+    embed: Tensor  # [V, E]
+    layers: list[Layer]
+    norm: Tensor  # [E]
+    head: Tensor  # [V, E]; the same tensor as embed where config.tie_word_embeddings

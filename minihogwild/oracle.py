@@ -1,0 +1,152 @@
+"""The same mathematics the slow, obvious way, in float64, to hold the engine against.
+
+Keys are kept unrotated. Each worker's view is laid out token by token with explicit absolute positions,
+every key is rotated to its position, and one plain softmax runs over them. A move joins two lists. Nothing
+is shared with the engine but Config and Weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import Config, Layer, Weights
+
+
+class Oracle:
+    """A cache and a forward in one: `step` takes what one step of all workers takes, and returns its logits."""
+
+    def __init__(self, config: Config, weights: Weights, blocks: Sequence[Hashable]):
+        self.config, self.weights = config, to_float64(weights)
+        self.frequencies = torch.tensor(frequencies(config), dtype=torch.float64)
+        L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        empty = torch.zeros(0, K, D, dtype=torch.float64)
+        self.keys = {block: [empty] * L for block in blocks}  # unrotated, [N, K, D] for each layer
+        self.values = {block: [empty] * L for block in blocks}
+
+    @torch.no_grad()
+    def step(self, views: Sequence[Sequence[Hashable]], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [W, V] float64 after each worker's last token."""
+        hidden = [self.weights.embed[torch.tensor(ids)] for ids in tokens]  # W times [n, E]
+        for i, layer in enumerate(self.weights.layers):
+            queries = []
+            for view, x in zip(views, hidden):
+                q, k, v = self.project(x, layer)
+                self.keys[view[-1]][i] = torch.cat((self.keys[view[-1]][i], k))
+                self.values[view[-1]][i] = torch.cat((self.values[view[-1]][i], v))
+                queries.append(q)
+            for w, view in enumerate(views):
+                mixed = self.attention(i, view, queries[w])
+                x = hidden[w] + mixed.flatten(1) @ layer.out.T
+                gate, up = (self.norm(x, layer.mlp_norm) @ layer.gate_up.T).chunk(2, -1)
+                hidden[w] = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T
+        last = torch.stack([x[-1] for x in hidden])
+        return self.norm(last, self.weights.norm) @ self.weights.head.T
+
+    def move(self, source: Hashable, target: Hashable) -> None:
+        """Append the whole of one block to another, and empty it."""
+        for store in (self.keys, self.values):
+            for i in range(self.config.num_hidden_layers):
+                store[target][i] = torch.cat((store[target][i], store[source][i]))
+                store[source][i] = store[source][i][:0]
+
+    def project(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """q [n, H, D], k and v [n, K, D], before any rotation."""
+        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        y = self.norm(x, layer.attn_norm) @ layer.qkv.T
+        if layer.qkv_bias is not None:
+            y = y + layer.qkv_bias
+        q, k, v = (y[:, a * D : b * D].unflatten(1, (-1, D)) for a, b in ((0, H), (H, H + K), (H + K, H + 2 * K)))
+        if layer.q_norm is not None:
+            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        return q, k, v
+
+    def attention(self, i: int, view: Sequence[Hashable], q: Tensor) -> Tensor:
+        """[n, H, D]: a worker's n new tokens, the last of its view, look at all of it but what comes after them."""
+        keys = torch.cat([self.keys[block][i] for block in view])  # [S, K, D], S tokens in the view
+        values = torch.cat([self.values[block][i] for block in view])
+        positions = torch.arange(len(keys), dtype=torch.float64)
+        mine = positions[len(keys) - len(q) :]
+        q, keys = self.turn(q, mine), self.turn(keys, positions)
+        future = positions[None, :] > mine[:, None]  # [n, S]
+        outputs = []
+        for h in range(self.config.num_attention_heads):
+            kv = h * self.config.num_key_value_heads // self.config.num_attention_heads
+            scores = magnitude(self.config) ** 2 * q[:, h] @ keys[:, kv].T / math.sqrt(self.config.head_dim)
+            scores = scores.masked_fill(future, -math.inf)
+            outputs.append(torch.softmax(scores, -1) @ values[:, kv])
+        return torch.stack(outputs, 1)
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate [n, heads, D] to n positions, as complex numbers."""
+        half = self.config.head_dim // 2
+        turned = torch.complex(x[..., :half], x[..., half:])
+        turned = turned * torch.exp(1j * positions[:, None, None] * self.frequencies)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
+
+
+def to_float64(weights: Weights) -> Weights:
+    def exact(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to("cpu", torch.float64)
+
+    layers = [Layer(**{name: exact(tensor) for name, tensor in vars(layer).items()}) for layer in weights.layers]
+    return Weights(exact(weights.embed), layers, exact(weights.norm), exact(weights.head))
+
+
+def frequencies(config: Config) -> list[float]:
+    """Radians per position for each of the D / 2 pairs, one by one."""
+    rope, D = config.rope, config.head_dim
+    result = []
+    for pair in range(D // 2):
+        plain = 1 / rope.theta ** (2 * pair / D)
+        stretched = plain / rope.factor
+        if rope.type == "default":
+            result.append(plain)
+        elif rope.type == "linear":
+            result.append(stretched)
+        elif rope.type == "llama3":
+            wavelength = 2 * math.pi / plain
+            if wavelength < rope.original_context / rope.high_freq_factor:
+                result.append(plain)
+            elif wavelength > rope.original_context / rope.low_freq_factor:
+                result.append(stretched)
+            else:
+                smooth = rope.original_context / wavelength - rope.low_freq_factor
+                smooth /= rope.high_freq_factor - rope.low_freq_factor
+                result.append((1 - smooth) * stretched + smooth * plain)
+        elif rope.type == "yarn":
+            # The pair (as a real number) that makes `turns` turns within the original context
+            first, last = (
+                D * math.log(rope.original_context / (2 * math.pi * turns)) / math.log(rope.theta) / 2
+                for turns in (rope.beta_fast, rope.beta_slow)
+            )
+            if rope.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, D - 1)
+            ramp = (pair - first) / ((last - first) or 0.001)
+            ramp = min(max(ramp, 0), 1)
+            result.append(stretched * ramp + plain * (1 - ramp))
+        else:
+            raise ValueError(f"unknown rope type {rope.type!r}")
+    return result
+
+
+def magnitude(config: Config) -> float:
+    """What YaRN multiplies queries and keys by."""
+    rope = config.rope
+    if rope.type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    log = 0.1 * math.log(rope.factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return (rope.mscale * log + 1) / (rope.mscale_all_dim * log + 1)
+    return log + 1

@@ -1,0 +1,118 @@
+"""The words that make workers cooperate, as data; and how their text is read: paragraphs, boxed answers."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from .config import InputError
+from .text import read_json
+
+NAMES = (
+    "Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
+    "Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Every word that a run adds to the user's. `{name}`-like fields are filled in; other braces stay."""
+
+    together: str = """\
+{n} assistants solve one problem together: {names}. They all write at the same time, each in turn-free, \
+parallel paragraphs, and each sees what the others are writing, word by word, as they write it.
+
+How they work:
+- First they agree, in a line or two, on who does what. Then each works on a part that nobody else is doing.
+- A paragraph is short, carries one step of work, and ends with a full stop and a blank line. Its author's name \
+stands before it, as in "**{first} [1]:**".
+- They read each other all the time, use one another's results, and say so when they find a mistake.
+- Whoever sees that a part is already being done by another leaves it and takes up something else.
+- As soon as any of them knows the final answer to the whole problem, that one writes it as \\boxed{answer}.
+
+The problem:
+
+{problem}"""
+    alone: str = "{problem}"  # the layout independent: plain chat
+    header_others: str = "\n\n### Being written by the others right now\n\n"
+    header_own: str = "\n\n### My next paragraph\n\n"
+    separator: str = "\n\n### My own work\n\n"
+    prefix: str = "**{name} [{number}]:**"  # no space at the end: a lone space token derails small models
+    check: str = " Quick check: am I repeating what somebody else already does? Yes or no:"
+    cue: str = "\n\nNo time is left. From all the work above, the final answer is \\boxed{"
+    names: tuple[str, ...] = NAMES
+    boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wanted = {"names": tuple, "boxed": bool}.get(field.name, str)
+            if not isinstance(value, wanted):
+                raise InputError(f"prompts: {field.name} must be a {wanted.__name__}, not {value!r}")
+        if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
+            raise InputError(f"prompts: names must be strings that differ, not {list(self.names)}")
+
+
+def load_prompts(path: Path) -> Prompts:
+    """Prompts with the fields that a JSON file gives; the others keep their defaults."""
+    given = read_json(path)
+    if unknown := given.keys() - {field.name for field in fields(Prompts)}:
+        raise InputError(f"{path}: unknown: {', '.join(sorted(unknown))}")
+    if isinstance(given.get("names"), list):
+        given["names"] = tuple(given["names"])
+    return replace(Prompts(), **given)
+
+
+def fill(template: str, **values: object) -> str:
+    """Put values in the place of `{key}`; all other braces stay (LaTeX has many)."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+# Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
+TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
+BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*\Z")
+
+
+def paragraph_closed(text: str) -> bool:
+    """Does the text end with a blank line, after the end of a sentence, a code fence or a `$$`?
+
+    Never inside an open code fence or `$$`.
+    """
+    if not BLANK_LINE.search(text):
+        return False
+    fence, just_closed, prose = "", False, []
+    for line in text.rstrip().split("\n"):
+        marks = re.match(r"\s*(`{3,}|~{3,})(.*)", line)
+        just_closed = False
+        if marks and not fence:
+            fence = marks[1]
+        elif marks and marks[1].startswith(fence) and not marks[2].strip():
+            fence, just_closed = "", True
+        elif not fence:
+            prose.append(line)
+    if fence:
+        return False
+    formulas = "\n".join(prose)
+    if formulas.count("$$") % 2:
+        return False
+    if just_closed or formulas.endswith("$$"):
+        return True
+    end = text.rstrip()
+    while end and (end[-1] in "\"'*_~` " or unicodedata.category(end[-1]) in ("Pe", "Pf")):
+        end = end[:-1]
+    return end.endswith(tuple(TERMINATORS))
+
+
+def boxed(text: str) -> str | None:
+    r"""What the first complete, non-empty `\boxed{...}` holds, braces balanced; None without one."""
+    for match in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is two characters: no change
+            if depth == 0:
+                if content := text[match.end() :][: brace.start()].strip():
+                    return content
+                break
+    return None
