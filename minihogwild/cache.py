@@ -43,7 +43,9 @@ class Plan:
     offset: Tensor  # [T, B] int64
     visible: Tensor  # [T, B] int64
     last: Tensor  # [W] int64: the row of each worker's last token
-    slots: Tensor  # [T] int64: where in the pool each new token goes, page * PAGE + place in the page
+    slot: Tensor  # [T] int64: where in the pool each new token goes: page * PAGE + place
+    page: Tensor  # [T] int64
+    place: Tensor  # [T] int64
     page_column: Tensor  # [P] int64: the column b of the block that owns the page
     key_rotation: tuple[Tensor, Tensor]  # [T, 1, D] each: to the index in the own block
     query_rotation: tuple[Tensor, Tensor]  # [T, B, 1, D] each: to position - offset
@@ -81,7 +83,7 @@ class Cache:
         Raises InputError where the views contradict each other; the cache is then as it was.
         """
         self._check(views, counts)
-        slots = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
+        slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
         columns = list(dict.fromkeys(block for view in views for block in view))
         offset = torch.zeros(len(views), len(columns), dtype=torch.int64)
         visible = torch.zeros_like(offset)
@@ -117,7 +119,9 @@ class Cache:
             offset=offset.to(self.device),
             visible=visible.to(self.device),
             last=(repeats.cumsum(0) - 1).to(self.device),
-            slots=slots.to(self.device),
+            slot=slot.to(self.device),
+            page=(slot // PAGE).to(self.device),
+            place=(slot % PAGE).to(self.device),
             page_column=page_column.clamp(min=0).to(self.device),
             key_rotation=tuple(x[:, None].to(self.device) for x in key_rotation),
             query_rotation=tuple(x[:, :, None].to(self.device) for x in query_rotation),
@@ -126,22 +130,26 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
         """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
-        self.keys[layer][plan.slots // PAGE, :, plan.slots % PAGE] = rotate(k, *plan.key_rotation)
-        self.values[layer][:, plan.slots] = v.transpose(0, 1)
+        k = rotate(k.to(self.compute_dtype), *plan.key_rotation)
+        self.keys[layer][plan.page, :, plan.place] = k.to(self.dtype)
+        self.values[layer].index_copy_(1, plan.slot, v.transpose(0, 1))
 
     def attend(self, layer: int, q: Tensor, plan: Plan) -> Tensor:
-        """Attention of the step's queries, [T, H, D] as projected, over all they see: [T, H, D]."""
+        """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
+
+        Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it.
+        """
         T, H, D = q.shape
         P, K = len(plan.page_column), self.config.num_key_value_heads
-        keys, values = self.keys[layer][:P], self.values[layer][:, : P * PAGE]
-        q = rotate(q[:, None], *plan.query_rotation)  # [T, B, H, D]
-        q = q.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
-        scores = q.reshape(P * K, -1, D) @ keys.view(P * K, PAGE, D).mT  # [P K, T G, PAGE]
+        keys = self.keys[layer][:P].to(self.compute_dtype).view(P * K, PAGE, D)
+        values = self.values[layer][:, : P * PAGE].to(self.compute_dtype)  # [K, P PAGE, D]
+        rotated = rotate(q.to(self.compute_dtype)[:, None], *plan.query_rotation)  # [T, B, H, D]
+        per_page = rotated.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
+        scores = torch.bmm(per_page.reshape(P * K, -1, D), keys.mT)  # [P K, T G, PAGE]
         scores = scores.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-        scores = torch.add(plan.mask, scores, alpha=self.scale)
-        weights = scores.flatten(3).softmax(-1).to(values.dtype)  # [K, T, G, P PAGE]
-        mixed = weights.flatten(1, 2) @ values  # [K, T G, D]
-        return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D)
+        weights = torch.add(plan.mask, scores, alpha=self.scale).flatten(3).softmax(-1)  # [K, T, G, P PAGE]
+        mixed = torch.bmm(weights.flatten(1, 2), values)  # [K, T G, D]
+        return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
 
     @torch.no_grad()
     def move(self, source: Block, target: Block) -> None:
@@ -159,7 +167,8 @@ class Cache:
         new = self._claim(target, count).to(self.device)
         turn = [x.to(self.device) for x in rotation(torch.tensor(at), self.frequencies, self.compute_dtype)]
         for keys, values in zip(self.keys, self.values):
-            keys[new // PAGE, :, new % PAGE] = rotate(keys[old // PAGE, :, old % PAGE], *turn)
+            moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
+            keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)
             values[:, new] = values[:, old]
         for page in self.pages[source]:
             heapq.heappush(self._free, page)

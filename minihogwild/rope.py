@@ -78,5 +78,5 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D / 2]); the result has x's dtype, the arithmetic that of cos and sin."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Turn each pair (x[..., i], x[..., i + D / 2]) by the angles of `rotation`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
