@@ -55,9 +55,7 @@ class Plan:
 class Cache:
     """Keys and values of all blocks, for all layers."""
 
-    def __init__(
-        self, config: Config, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, config: Config, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device | str = "cpu"):
         if len(set(blocks)) != len(blocks):
             raise InputError(f"cache: block names must differ: {list(blocks)}")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -97,9 +95,7 @@ class Cache:
         # From a row for each worker to a row for each token: they differ in the index in the own block.
         repeats = torch.tensor(counts)
         offset, visible = offset.repeat_interleave(repeats, 0), visible.repeat_interleave(repeats, 0)
-        index = torch.cat(
-            [torch.arange(self.lengths[v[-1]] - n, self.lengths[v[-1]]) for v, n in zip(views, counts)]
-        )
+        index = torch.cat([torch.arange(self.lengths[v[-1]] - n, self.lengths[v[-1]]) for v, n in zip(views, counts)])
         rows = torch.arange(len(index))
         own = torch.tensor([columns.index(view[-1]) for view in views]).repeat_interleave(repeats)
         visible[rows, own] = index + 1

@@ -26,7 +26,8 @@ from .model import forward
 from .prompts import Prompts, boxed, fill, load_prompts, paragraph_closed
 from .sampling import Sampling, sample
 
-PREFILL_CHUNK = 256  # tokens of the prompt a step; bounds the memory of a long prompt's attention
+PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most,
+PREFILL_SCORES = 2**26  # and the attention scores of one layer: what bounds the memory of a long prompt
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
 FINISHER_TOKENS = 64
 
@@ -131,28 +132,35 @@ class Run:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
         limit, spare = self.model.config.context, self._finisher_room() + len(self.workers)
         if len(self.prompt) + spare > limit:
-            raise InputError(f"the prompt is {len(self.prompt)} tokens long: the model's context of {limit} is too short")
-        for start in range(0, len(self.prompt), PREFILL_CHUNK):
-            tokens = [self.prompt[start : start + PREFILL_CHUNK]]
-            logits = self._feed([[COMMON]], tokens)
-            last = start + PREFILL_CHUNK >= len(self.prompt)
-            if not last or self.shared:
-                yield {"do": "step", "views": [[COMMON]], "tokens": tokens, "sampled": [None]}
+            raise InputError(f"the prompt is {len(self.prompt)} tokens long, too long for a context of {limit}")
+        chunks, start = [], 0
+        while start < len(self.prompt):
+            row = self.model.config.num_attention_heads * (start + PREFILL_CHUNK)  # scores of one token
+            stop = start + max(1, min(PREFILL_CHUNK, PREFILL_SCORES // row))
+            chunks.append(self.prompt[start:stop])
+            start = stop
+        for tokens in chunks[:-1]:
+            self._feed([[COMMON]], [tokens])
+            yield {"do": "step", "views": [[COMMON]], "tokens": [tokens], "sampled": [None]}
+        logits = self._feed([[COMMON]], chunks[-1:])
         if self.shared:
-            headers = {block: ids for block, ids in self.headers.items() if ids}
-            if headers:
-                views, tokens = [[COMMON, block] for block in headers], list(headers.values())
-                self._feed(views, tokens)
-                yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
+            yield {"do": "step", "views": [[COMMON]], "tokens": chunks[-1:], "sampled": [None]}
+            yield from self._prefill_headers()
             for worker in self.workers:
                 yield self._begin(worker)
-        else:  # the prompt's last row is what each worker goes on from
-            for worker in self.workers:
-                worker.paragraphs, worker.decoder = [""], self.model.tokenizer.stream(self.prompt[-8:])
+        else:  # each worker goes on from the prompt's last row
             ids = sample(logits.expand(len(self.workers), -1), self.sampling, [w.random for w in self.workers])
-            yield {"do": "step", "views": [[COMMON]], "tokens": tokens, "sampled": ids}
+            yield {"do": "step", "views": [[COMMON]], "tokens": chunks[-1:], "sampled": ids}
             for worker, token in zip(self.workers, ids):
+                worker.paragraphs, worker.decoder = [""], self.model.tokenizer.stream(self.prompt[-8:])
                 yield from self._take(worker, token)
+
+    def _prefill_headers(self) -> Iterator[Event]:
+        headers = {block: ids for block, ids in self.headers.items() if ids}
+        if headers:
+            views, tokens = [[COMMON, block] for block in headers], list(headers.values())
+            self._feed(views, tokens)
+            yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
 
     def _step(self) -> Iterator[Event]:
         """One forward pass of all active workers, and what follows from it for each."""
@@ -313,3 +321,142 @@ class Run:
                 for worker in self.workers
             ],
         }
+
+
+# ---- the command
+
+
+class Printer:
+    """Prints a run's text as it grows: one worker as it comes, several line by line with the name before it."""
+
+    def __init__(self, names: list[str]):
+        self.lines = {name: "" for name in names}
+
+    def show(self, event: Event) -> None:
+        if event["do"] == "text" and len(self.lines) == 1:
+            print(event["text"], end="", flush=True)
+        elif event["do"] == "text":
+            *lines, self.lines[event["worker"]] = (self.lines[event["worker"]] + event["text"]).split("\n")
+            self.print_lines(event["worker"], lines)
+        elif event["do"] in ("move", "retire"):
+            self.flush([event.get("worker") or event["from"]])
+        elif event["do"] == "finisher":
+            self.flush(list(self.lines))
+            of = f" of {event['worker']}" if event["worker"] else ""
+            print(f"(finisher{of}) {event['text'].strip()}", flush=True)
+
+    def flush(self, names: list[str]) -> None:
+        if len(self.lines) > 1:
+            for name in names:
+                self.print_lines(name, [self.lines[name]])
+                self.lines[name] = ""
+
+    def print_lines(self, name: str, lines: list[str]) -> None:
+        for line in lines:
+            if line.strip():
+                print(f"{name}: {line.strip()}", flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="minihogwild",
+        description="Several workers, one language model, one shared attention cache (arXiv 2504.06261).",
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the problem; without it, or as -, it is read from standard input")
+    add("--model", required=True, help="a model folder, or the name of a hub repository")
+    add("--workers", type=int, default=2, metavar="N", help="1 to 16 (default: 2)")
+    add("--layout", choices=LAYOUTS, help="what workers see of each other (default: combined; independent for one)")
+    add("--max-steps", type=int, default=1024, metavar="N", help="forward passes after the prompt (default: 1024)")
+    add("--temperature", type=float, help="0 takes the likeliest token (default: the model's, as the next three)")
+    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="keep the fewest likeliest tokens that reach probability P; 1: all")
+    add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all")
+    add("--seed", type=int, default=0, help="same seed, same text, on the same machine and dtype (default: 0)")
+    add("--prompts", type=Path, metavar="FILE", help="the words that make workers cooperate, as JSON")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
+    return parser
+
+
+def read_prompt(given: str | None) -> str:
+    if given not in (None, "-"):
+        prompt = given
+    elif sys.stdin is None or (given is None and sys.stdin.isatty()):
+        raise InputError("no prompt: give it as an argument, or on standard input")
+    else:
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    if not prompt.isprintable() and any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise InputError("the prompt is not valid UTF-8")
+    return prompt
+
+
+def command(options: argparse.Namespace) -> int:
+    if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
+        raise InputError(f"--json {options.json}: cannot be written there")
+    prompt = read_prompt(options.prompt)
+    prompts = load_prompts(options.prompts) if options.prompts else None
+    model = load(options.model, options.dtype, options.device)
+    chosen = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    sampling = replace(model.sampling, **{key: value for key, value in chosen.items() if value is not None})
+    run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
+    printer = Printer([worker.name for worker in run.workers])
+    interrupted = False
+    try:
+        for event in run:
+            printer.show(event)
+    except KeyboardInterrupt:
+        interrupted = True
+    printer.flush(list(printer.lines))
+    if len(run.workers) == 1 or run.answer is not None:
+        print()
+    if run.answer is not None:
+        print(f"Answer: {run.answer}", flush=True)
+    result = run.summary()
+    print(summary_line(result, interrupted), file=sys.stderr)
+    if options.json:
+        write_json(options.json, result)
+    return 130 if interrupted else 0
+
+
+def summary_line(result: dict, interrupted: bool) -> str:
+    by_worker = ", ".join(f"{worker['name']} {worker['tokens']}" for worker in result["workers"])
+    finisher = f" + {result['finisher_steps']} of the finisher" if result["finisher_steps"] else ""
+    return (
+        f"\n{result['forward_steps']} forward steps{finisher}, {result['tokens']} tokens ({by_worker}), "
+        f"{result['tokens_per_second']:.1f} tokens/s, {result['ms_per_step']:.1f} ms per step; "
+        f"stopped by {'you' if interrupted else result['stopped_by']}"
+    )
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Write beside, then rename: the file is whole or as it was."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    beside.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `minihogwild`. Exit code 2, with one line on standard error, for what can't be done."""
+    logging.basicConfig(format="minihogwild: %(message)s")
+    options = arguments().parse_args(argv)
+    try:
+        return command(options)
+    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (InputError, OSError) as error:
+        print(f"minihogwild: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

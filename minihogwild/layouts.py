@@ -20,9 +20,7 @@ class Layout:
 
 
 LAYOUTS = {
-    "combined": Layout(
-        lambda own, others: [COMMON, OTHERS, *others, OWN, own], headers=(OTHERS, OWN), paragraphs=True
-    ),
+    "combined": Layout(lambda own, others: [COMMON, OTHERS, *others, OWN, own], headers=(OTHERS, OWN), paragraphs=True),
     "contiguous": Layout(lambda own, others: [COMMON, *others, SEPARATOR, own], headers=(SEPARATOR,)),
     "interleaved": Layout(lambda own, others: [COMMON, own], paragraphs=True, moves_retired=True),
     "independent": Layout(lambda own, others: [COMMON, own], prefix=False),

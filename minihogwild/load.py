@@ -198,11 +198,11 @@ def generation_defaults(folder: Path, settings: dict, tokenizer: Tokenizer) -> t
     """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack."""
     path = folder / "generation_config.json"
     given = read_json(path) if path.exists() else {}
-    known = "do_sample temperature top_k top_p min_p".split()
-    harmless = "transformers_version bos_token_id eos_token_id pad_token_id max_length max_new_tokens".split()
+    known = ["do_sample", "temperature", "top_k", "top_p", "min_p"]
+    harmless = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
     # For every other key of generation_config.json, these values ask for nothing
     neutral = (None, False, True, 0, 1, [], {})
-    lacking = [k for k, v in given.items() if k not in known + harmless and k[0] != "_" and v not in neutral]
+    lacking = [k for k, v in given.items() if k not in {*known, *harmless} and k[0] != "_" and v not in neutral]
     if lacking:
         logger.warning("generation_config.json: not supported, and ignored: %s", ", ".join(sorted(lacking)))
     sampling = Sampling()
@@ -280,7 +280,7 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     shapes: dict[str, tuple[Path, list[int]]] = {}
     for path in safetensors_files(folder):
         with opened(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in shapes:
                     raise InputError(f"{path.name}: tensor {name} stands in {shapes[name][0].name} too")
                 shapes[name] = path, file.get_slice(name).get_shape()
@@ -298,7 +298,7 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     table = checkpoint_table(weights, config)
     for path in dict.fromkeys(path for path, _ in shapes.values()):
         with opened(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in table:
                     table[name].copy_(file.get_tensor(name))
     if shared_head:

@@ -21,16 +21,16 @@ class Prompts:
     """Every word that a run adds to the user's. `{name}`-like fields are filled in; other braces stay."""
 
     together: str = """\
-{n} assistants solve one problem together: {names}. They all write at the same time, each in turn-free, \
-parallel paragraphs, and each sees what the others are writing, word by word, as they write it.
+{n} assistants solve one problem together: {names}. All of them write at the same time, each in a paragraph of \
+their own, and each sees what the others are writing at that very moment, word by word.
 
 How they work:
 - First they agree, in a line or two, on who does what. Then each works on a part that nobody else is doing.
-- A paragraph is short, carries one step of work, and ends with a full stop and a blank line. Its author's name \
-stands before it, as in "**{first} [1]:**".
+- A paragraph is one short step of work. It ends with a full stop and a blank line. Its author's name stands before \
+it, as in "**{first} [1]:**".
 - They read each other all the time, use one another's results, and say so when they find a mistake.
-- Whoever sees that a part is already being done by another leaves it and takes up something else.
-- As soon as any of them knows the final answer to the whole problem, that one writes it as \\boxed{answer}.
+- Whoever sees that a part is already being done by another leaves it, and takes up something else.
+- As soon as one of them knows the final answer to the whole problem, that one writes it inside \\boxed{}.
 
 The problem:
 
@@ -100,7 +100,7 @@ def paragraph_closed(text: str) -> bool:
     if just_closed or formulas.endswith("$$"):
         return True
     end = text.rstrip()
-    while end and (end[-1] in "\"'*_~` " or unicodedata.category(end[-1]) in ("Pe", "Pf")):
+    while end and (end[-1] in "\"'*_~` " or unicodedata.category(end[-1]) in ("Pe", "Pf", "Pi")):
         end = end[:-1]
     return end.endswith(tuple(TERMINATORS))
 

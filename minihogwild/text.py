@@ -66,8 +66,10 @@ class Tokenizer:
         pattern = "|".join(sorted(map(re.escape, self.control), key=len, reverse=True)) or "(?!)"
         head, tail = re.split(f"({pattern})", before), re.split(f"({pattern})", after)
         pieces = [*head[:-1], head[-1] + content + tail[0], *tail[1:]]  # plain, control, plain, ...
-        ids = [self.encode(piece) if n % 2 == 0 else [self.control[piece]] for n, piece in enumerate(pieces)]
-        return sum(ids, [])
+        ids = []
+        for n, piece in enumerate(pieces):
+            ids += [self.control[piece]] if n % 2 else self.encode(piece)
+        return ids
 
     def stream(self, before: list[int]) -> DecodeStream:
         """Decodes token by token what follows the ids in `before`; see `next_text`."""
