@@ -1,0 +1,130 @@
+"""Random models, random schedules, and both ways to run them: what the property tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minihogwild import Cache, Config, Rope, Weights, forward
+from minihogwild.load import checkpoint_table, empty_weights
+from minihogwild.oracle import Oracle
+
+V = 61
+
+ROPES = {
+    "default": Rope(theta=1000.0),
+    "linear": Rope("linear", factor=3.0),
+    "llama3": Rope("llama3", theta=5000.0, factor=8.0, original_context=64, low_freq_factor=1.0, high_freq_factor=4.0),
+    "yarn": Rope("yarn", factor=4.0, original_context=32),
+    "yarn, given m": Rope("yarn", theta=500.0, factor=16.0, original_context=24, attention_factor=1.3, truncate=False),
+    "yarn, mscales": Rope("yarn", factor=8.0, original_context=48, mscale=1.2, mscale_all_dim=0.4, beta_fast=16.0),
+}
+
+
+def config(rope: str = "default", heads: int = 4, kv_heads: int = 2, head_dim: int = 8, layers: int = 2) -> Config:
+    return Config(
+        vocab_size=V,
+        hidden_size=20,
+        intermediate_size=28,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        rope=ROPES[rope],
+    )
+
+
+@st.composite
+def configs(draw) -> Config:
+    kv_heads = draw(st.integers(1, 3))
+    shape = config(
+        rope=draw(st.sampled_from(sorted(ROPES))),
+        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 5])),  # odd head counts among them
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 6, 8, 16])),
+        layers=draw(st.integers(1, 3)),
+    )
+    return Config(**{**vars(shape), "tie_word_embeddings": draw(st.booleans())})
+
+
+def random_weights(
+    config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, biases: bool = True, qk_norms: bool = False
+) -> Weights:
+    """Weights so large that attention is far from uniform, and what a token sees decides its logits."""
+    weights = empty_weights(config, dtype, "cpu", biases, qk_norms)
+    random = torch.Generator().manual_seed(seed)
+    for name, tensor in checkpoint_table(weights, config).items():
+        drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
+        if name.endswith("norm.weight"):
+            drawn = 1 + 0.3 * drawn
+        elif tensor.dim() == 2 and name != "model.embed_tokens.weight":
+            gain = 4.0 if "q_proj" in name or "k_proj" in name else 2.0
+            drawn *= gain / tensor.shape[1] ** 0.5
+        tensor.copy_(drawn)
+    return weights
+
+
+class Engine:
+    """The engine under the oracle's interface."""
+
+    def __init__(self, config: Config, weights: Weights, blocks: list[str]):
+        self.config, self.weights = config, weights
+        self.cache = Cache(config, blocks, weights.embed.dtype)
+
+    def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
+        plan = self.cache.extend(views, [len(ids) for ids in tokens])
+        flat = torch.tensor([token for ids in tokens for token in ids])
+        return forward(flat, self.weights, self.config, self.cache, plan)
+
+    def move(self, source: str, target: str) -> None:
+        self.cache.move(source, target)
+
+
+def run(machine: Engine | Oracle, events: list[dict]) -> Iterator[Tensor]:
+    """The logits of each step of a schedule."""
+    for event in events:
+        if event["do"] == "move":
+            machine.move(event["from"], event["to"])
+        else:
+            yield machine.step(event["views"], event["tokens"])
+
+
+def step(*workers: tuple[list[str], list[int]]) -> dict:
+    views, tokens = zip(*workers)
+    return {"do": "step", "views": list(views), "tokens": list(tokens)}
+
+
+def tokens(count: int | st.SearchStrategy[int]) -> st.SearchStrategy[list[int]]:
+    sizes = st.just(count) if isinstance(count, int) else count
+    return sizes.flatmap(lambda n: st.lists(st.integers(0, V - 1), min_size=n, max_size=n))
+
+
+@st.composite
+def schedules(draw, max_events: int = 10) -> tuple[list[str], list[dict]]:
+    """(blocks, events): any workers with any views, ragged chunks, idle workers, moves between any blocks."""
+    blocks = [f"block {n}" for n in range(draw(st.integers(1, 6)))]
+    events = [step(([blocks[0]], draw(tokens(st.integers(1, 20)))))]
+    for _ in range(draw(st.integers(1, max_events))):
+        if len(blocks) > 1 and draw(st.integers(0, 3)) == 0:
+            source, target = draw(st.permutations(blocks))[:2]
+            events.append({"do": "move", "from": source, "to": target})
+            continue
+        owns = draw(st.lists(st.sampled_from(blocks), min_size=1, max_size=4, unique=True))
+        workers = []
+        for own in owns:  # each sees other blocks in an order of its own, or not at all
+            others = [block for block in draw(st.permutations(blocks)) if block != own]
+            view = [*others[: draw(st.integers(0, len(others)))], own]
+            workers.append((view, draw(tokens(st.integers(1, 7)))))
+        events.append(step(*workers))
+    return blocks, events
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the logits' scale."""
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
