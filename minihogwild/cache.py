@@ -47,8 +47,8 @@ class Plan:
     page: Tensor  # [T] int64
     place: Tensor  # [T] int64
     page_column: Tensor  # [P] int64: the column b of the block that owns the page
-    key_rotation: tuple[Tensor, Tensor]  # [T, 1, D] each: to the index in the own block
-    query_rotation: tuple[Tensor, Tensor]  # [T, B, 1, D] each: to position - offset
+    key_rotation: Tensor  # [2, T, 1, D], cos and sin: by the index in the own block
+    query_rotation: Tensor  # [2, T, B, 1, D]: by position - offset
     mask: Tensor  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere
 
 
@@ -64,10 +64,7 @@ class Cache:
         self.frequencies = inverse_frequencies(config.rope, config.head_dim)
         self.lengths = {block: 0 for block in blocks}
         self.pages: dict[Block, list[int]] = {block: [] for block in blocks}
-        self._number = {block: number for number, block in enumerate(blocks)}
-        self._free: list[int] = []  # a heap, so that the pool stays dense at its start
-        self._owner = torch.empty(0, dtype=torch.int64)  # [capacity]: number of the block, -1 if free
-        self._start = torch.empty(0, dtype=torch.int64)  # [capacity]: index in its block of its first token
+        self.free: list[int] = []  # pages; a heap, so that the pool stays dense at its start
         K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
         # Keys lie by page, since each page meets a query of its own; values by head, since after the softmax
         # the pool is one long row of weights.
@@ -82,47 +79,45 @@ class Cache:
         """
         self._check(views, counts)
         slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
-        columns = list(dict.fromkeys(block for view in views for block in view))
+        columns = {block: b for b, block in enumerate(dict.fromkeys(block for view in views for block in view))}
         offset = torch.zeros(len(views), len(columns), dtype=torch.int64)
         visible = torch.zeros_like(offset)
         for w, view in enumerate(views):
             start = 0
             for block in view:
-                b = columns.index(block)
-                offset[w, b], visible[w, b] = start, self.lengths[block]
+                offset[w, columns[block]], visible[w, columns[block]] = start, self.lengths[block]
                 start += self.lengths[block]
 
         # From a row for each worker to a row for each token: they differ in the index in the own block.
         repeats = torch.tensor(counts)
         offset, visible = offset.repeat_interleave(repeats, 0), visible.repeat_interleave(repeats, 0)
-        index = torch.cat([torch.arange(self.lengths[v[-1]] - n, self.lengths[v[-1]]) for v, n in zip(views, counts)])
+        own = torch.tensor([columns[view[-1]] for view in views]).repeat_interleave(repeats)
+        lengths = [self.lengths[view[-1]] for view in views]
+        index = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, counts)])
         rows = torch.arange(len(index))
-        own = torch.tensor([columns.index(view[-1]) for view in views]).repeat_interleave(repeats)
         visible[rows, own] = index + 1
-        position = offset[rows, own] + index
+        distance = offset[rows, own, None] + index[:, None] - offset  # [T, B]: from a block's start to the row
 
-        column = torch.full((len(self.lengths) + 1,), -1)  # the last entry is for free pages, owner -1
-        column[[self._number[block] for block in columns]] = torch.arange(len(columns))
-        page_column = column[self._owner]
-        page_column = page_column[: int((page_column >= 0).nonzero().max()) + 1]
-        index_in_block = self._start[: len(page_column), None] + torch.arange(PAGE)  # [P, PAGE]
-        seen = index_in_block < visible[:, page_column, None]  # [T, P, PAGE]
-        seen &= (page_column >= 0)[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.compute_dtype).masked_fill_(~seen, -torch.inf)
-        key_rotation = rotation(index, self.frequencies, self.compute_dtype)
-        query_rotation = rotation(position[:, None] - offset, self.frequencies, self.compute_dtype)
-        return Plan(
-            offset=offset.to(self.device),
-            visible=visible.to(self.device),
-            last=(repeats.cumsum(0) - 1).to(self.device),
-            slot=slot.to(self.device),
-            page=(slot // PAGE).to(self.device),
-            place=(slot % PAGE).to(self.device),
-            page_column=page_column.clamp(min=0).to(self.device),
-            key_rotation=tuple(x[:, None].to(self.device) for x in key_rotation),
-            query_rotation=tuple(x[:, :, None].to(self.device) for x in query_rotation),
-            mask=mask[:, None].to(self.device),
+        P = 1 + max(page for block in columns for page in self.pages[block])
+        page_column = torch.zeros(P, dtype=torch.int64)
+        first = torch.full((P,), torch.iinfo(torch.int32).max)  # of other blocks' pages, more than any row may see
+        for block, b in columns.items():
+            page_column[self.pages[block]] = b
+            first[self.pages[block]] = torch.arange(len(self.pages[block])) * PAGE
+        seen = first[:, None] + torch.arange(PAGE) < visible[:, page_column, None]  # [T, P, PAGE]
+        plan = Plan(
+            offset,
+            visible,
+            last=repeats.cumsum(0) - 1,
+            slot=slot,
+            page=slot // PAGE,
+            place=slot % PAGE,
+            page_column=page_column,
+            key_rotation=rotation(index[:, None], self.frequencies, self.compute_dtype),
+            query_rotation=rotation(distance[:, :, None], self.frequencies, self.compute_dtype),
+            mask=torch.zeros(seen.shape, dtype=self.compute_dtype).masked_fill_(~seen, -torch.inf)[:, None],
         )
+        return Plan(*(tensor.to(self.device) for tensor in vars(plan).values()))
 
     def append(self, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
         """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
@@ -159,16 +154,14 @@ class Cache:
         count, at = self.lengths[source], self.lengths[target]
         if not count:
             return
-        old = self._slots(source, 0, count).to(self.device)
-        new = self._claim(target, count).to(self.device)
-        turn = [x.to(self.device) for x in rotation(torch.tensor(at), self.frequencies, self.compute_dtype)]
+        old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
+        turn = rotation(torch.tensor(at), self.frequencies, self.compute_dtype).to(self.device)
         for keys, values in zip(self.keys, self.values):
             moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
             keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)
             values[:, new] = values[:, old]
         for page in self.pages[source]:
-            heapq.heappush(self._free, page)
-            self._owner[page] = -1
+            heapq.heappush(self.free, page)
         self.pages[source], self.lengths[source] = [], 0
 
     def _check(self, views: Sequence[Sequence[Block]], counts: Sequence[int]) -> None:
@@ -195,28 +188,22 @@ class Cache:
 
     def _claim(self, block: Block, count: int) -> Tensor:
         """Lengthen a block by `count` tokens; returns their slots, [count]."""
-        start = self.lengths[block]
-        pages = self.pages[block]
-        missing = -(-(start + count) // PAGE) - len(pages)
-        if missing > len(self._free):
-            self._grow(len(self._owner) + max(len(self._owner), missing - len(self._free)))
-        for _ in range(missing):
-            page = heapq.heappop(self._free)
-            self._owner[page], self._start[page] = self._number[block], len(pages) * PAGE
-            pages.append(page)
-        self.lengths[block] = start + count
-        return self._slots(block, start, start + count)
+        stop = self.lengths[block] + count
+        missing = -(-stop // PAGE) - len(self.pages[block])
+        if missing > len(self.free):
+            self._grow(missing - len(self.free))
+        self.pages[block] += [heapq.heappop(self.free) for _ in range(missing)]
+        self.lengths[block] = stop
+        return self._slots(block, stop - count, stop)
 
-    def _grow(self, capacity: int) -> None:
-        """Enlarge the pool to `capacity` pages. It at least doubles, so a token is copied about once."""
-        old = len(self._owner)
-        K, D = self.config.num_key_value_heads, self.config.head_dim
-        layer_bytes = 2 * capacity * PAGE * K * D * self.dtype.itemsize
-        with allocating(len(self.keys) * layer_bytes, f"a cache of {capacity * PAGE} tokens", self.device):
+    def _grow(self, missing: int) -> None:
+        """Enlarge the pool by `missing` pages. It at least doubles, so a token is copied about once."""
+        old, K, _, D = self.keys[0].shape
+        new = max(old, missing)
+        nbytes = 2 * len(self.keys) * (old + new) * PAGE * K * D * self.dtype.itemsize
+        with allocating(nbytes, f"a cache of {(old + new) * PAGE} tokens", self.device):
             for layer, (keys, values) in enumerate(zip(self.keys, self.values)):
                 # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.
-                self.keys[layer] = torch.cat((keys, keys.new_zeros(capacity - old, K, PAGE, D)))
-                self.values[layer] = torch.cat((values, values.new_zeros(K, (capacity - old) * PAGE, D)), 1)
-        self._free += range(old, capacity)  # higher than all in it: still a heap
-        self._owner = torch.cat((self._owner, torch.full((capacity - old,), -1)))
-        self._start = torch.cat((self._start, torch.zeros(capacity - old, dtype=torch.int64)))
+                self.keys[layer] = torch.cat((keys, keys.new_zeros(new, K, PAGE, D)))
+                self.values[layer] = torch.cat((values, values.new_zeros(K, new * PAGE, D)), 1)
+        self.free += range(old, old + new)  # higher than all in it: still a heap

@@ -18,12 +18,12 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions become angles: config.json's `rope_parameters` (or `rope_theta` and `rope_scaling`)."""
+    """How positions become angles: config.json's `rope_parameters` (or `rope_scaling` and `rope_theta`)."""
 
-    type: str = "default"  # default, linear, llama3 or yarn
-    theta: float = 10000.0
-    factor: float = 1.0  # linear, llama3, yarn: how much longer than trained
-    original_context: int = 0  # llama3, yarn: original_max_position_embeddings
+    rope_type: str = "default"  # default, linear, llama3 or yarn
+    rope_theta: float = 10000.0
+    factor: float = 1.0  # all but default: how much longer than trained
+    original_max_position_embeddings: int = 0  # llama3, yarn: the trained length
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     attention_factor: float | None = None  # yarn: m; None: from factor and the two mscales
@@ -31,7 +31,7 @@ class Rope:
     mscale_all_dim: float | None = None  # yarn
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+    truncate: bool = True  # yarn: round the ramp's ends to whole pairs
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Tokens that one view may hold. YaRN counts: configs of the wild leave max_position_embeddings
-        unscaled (Qwen) or scale it (DeepSeek)."""
-        scaled = int(self.rope.original_context * self.rope.factor) if self.rope.type == "yarn" else 0
-        return max(self.max_position_embeddings, scaled)
+        """Tokens that one view may hold. With YaRN, configs leave max_position_embeddings as trained, or scale it."""
+        stretched = self.rope.original_max_position_embeddings * self.rope.factor
+        return max(self.max_position_embeddings, int(stretched) if self.rope.rope_type == "yarn" else 0)
 
 
 @dataclass
@@ -64,13 +63,13 @@ class Layer:
 
     attn_norm: Tensor  # [E]
     qkv: Tensor  # [(H + 2K) D, E]
-    qkv_bias: Tensor | None  # [(H + 2K) D]  (Qwen2)
-    q_norm: Tensor | None  # [D]  (Qwen3)
-    k_norm: Tensor | None  # [D]  (Qwen3)
     out: Tensor  # [E, H D]
     mlp_norm: Tensor  # [E]
     gate_up: Tensor  # [2F, E]
     down: Tensor  # [E, F]
+    qkv_bias: Tensor | None = None  # [(H + 2K) D]  (Qwen2)
+    q_norm: Tensor | None = None  # [D]  (Qwen3)
+    k_norm: Tensor | None = None  # [D]  (Qwen3)
 
 
 @dataclass

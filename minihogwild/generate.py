@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from .cache import Cache
@@ -25,6 +24,7 @@ from .memory import allocating
 from .model import forward
 from .prompts import Prompts, boxed, fill, load_prompts, paragraph_closed
 from .sampling import Sampling, sample
+from .text import Stream
 
 PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most,
 PREFILL_SCORES = 2**26  # and the attention scores of one layer: what bounds the memory of a long prompt
@@ -42,9 +42,9 @@ class Worker:
     random: torch.Generator
     pending: list[int] = field(default_factory=list)  # fed in the next step: a prefix, or one sampled token
     token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes and sampled
-    sampled: int = 0  # how many of them were sampled
+    tokens: int = 0  # how many of them were sampled
     paragraphs: list[str] = field(default_factory=list)  # sampled text of each, the last one still growing
-    decoder: DecodeStream | None = None
+    stream: Stream | None = None
     active: bool = True
     begins: bool = True  # what it feeds next is a prefix
     answer: str | None = None
@@ -102,6 +102,7 @@ class Run:
         self.headers = {block: encode(headers[block]) for block in self.layout.headers}
         self.cue = encode(words.cue)
         self.asks_for_answer = words.boxed and "\\boxed" in text
+        self.finisher_room = len(self.cue) + FINISHER_TOKENS if self.asks_for_answer else 0
         self.views = {name: self.layout.view(name, [n for n in names if n != name]) for name in names}
         if self.shared:
             self.finishers = {None: [COMMON, *names, FINISHER]}
@@ -122,45 +123,35 @@ class Run:
         yield from self._prefill()
         while not self._stops():
             yield from self._step()
-        if self.stopped_by != "answer" or not self.shared:
-            yield from self._finish()
-        if not self.shared:
-            answers = [worker.answer for worker in self.workers if worker.answer is not None]
-            self.answer = Counter(answers).most_common(1)[0][0] if answers else None
+        yield from self._finish()
+        if not self.shared and (answers := [worker.answer for worker in self.workers if worker.answer is not None]):
+            self.answer = Counter(answers).most_common(1)[0][0]  # a tie goes to the lowest worker
 
     def _prefill(self) -> Iterator[Event]:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
-        limit, spare = self.model.config.context, self._finisher_room() + len(self.workers)
-        if len(self.prompt) + spare > limit:
+        limit, spare = self.model.config.context, self.finisher_room + len(self.workers)
+        if len(self.prompt) + sum(map(len, self.headers.values())) + spare > limit:
             raise InputError(f"the prompt is {len(self.prompt)} tokens long, too long for a context of {limit}")
-        chunks, start = [], 0
+        steps, start = [], 0
         while start < len(self.prompt):
-            row = self.model.config.num_attention_heads * (start + PREFILL_CHUNK)  # scores of one token
-            stop = start + max(1, min(PREFILL_CHUNK, PREFILL_SCORES // row))
-            chunks.append(self.prompt[start:stop])
+            scores = self.model.config.num_attention_heads * (start + PREFILL_CHUNK)  # of one token, in one layer
+            stop = start + max(1, min(PREFILL_CHUNK, PREFILL_SCORES // scores))
+            steps.append(([[COMMON]], [self.prompt[start:stop]]))
             start = stop
-        for tokens in chunks[:-1]:
-            self._feed([[COMMON]], [tokens])
-            yield {"do": "step", "views": [[COMMON]], "tokens": [tokens], "sampled": [None]}
-        logits = self._feed([[COMMON]], chunks[-1:])
+        if headers := {block: ids for block, ids in self.headers.items() if ids}:
+            steps.append(([[COMMON, block] for block in headers], list(headers.values())))
+        for views, tokens in steps:
+            logits = self._feed(views, tokens)
+            sampled: list[int | None] = [None] * len(views)
+            if not self.shared and views is steps[-1][0]:  # each worker goes on from the prompt's last row
+                sampled = sample(logits.expand(len(self.workers), -1), self.sampling, [w.random for w in self.workers])
+            yield {"do": "step", "views": views, "tokens": tokens, "sampled": sampled}
+        begun = [self._begin(worker) for worker in self.workers]
         if self.shared:
-            yield {"do": "step", "views": [[COMMON]], "tokens": chunks[-1:], "sampled": [None]}
-            yield from self._prefill_headers()
-            for worker in self.workers:
-                yield self._begin(worker)
-        else:  # each worker goes on from the prompt's last row
-            ids = sample(logits.expand(len(self.workers), -1), self.sampling, [w.random for w in self.workers])
-            yield {"do": "step", "views": [[COMMON]], "tokens": chunks[-1:], "sampled": ids}
-            for worker, token in zip(self.workers, ids):
-                worker.paragraphs, worker.decoder = [""], self.model.tokenizer.stream(self.prompt[-8:])
+            yield from begun
+        else:
+            for worker, token in zip(self.workers, sampled):
                 yield from self._take(worker, token)
-
-    def _prefill_headers(self) -> Iterator[Event]:
-        headers = {block: ids for block, ids in self.headers.items() if ids}
-        if headers:
-            views, tokens = [[COMMON, block] for block in headers], list(headers.values())
-            self._feed(views, tokens)
-            yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
 
     def _step(self) -> Iterator[Event]:
         """One forward pass of all active workers, and what follows from it for each."""
@@ -202,7 +193,7 @@ class Run:
     def _begin(self, worker: Worker) -> Event:
         """Queue the prefix of the worker's next paragraph."""
         worker.paragraphs.append("")
-        text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs))
+        text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs)) if self.shared else ""
         worker.pending = self.model.tokenizer.encode(text)
         if self.since_check >= CHECK_AFTER and len(self.workers) > 1:
             self.since_check = 0
@@ -210,34 +201,35 @@ class Run:
             worker.pending += self.model.tokenizer.encode(self.words.check)
         worker.token_ids += worker.pending
         worker.begins = True
-        worker.decoder = self.model.tokenizer.stream(worker.pending)
+        worker.stream = self.model.tokenizer.stream(worker.pending or self.prompt[-8:])
         return {"do": "begin", "worker": worker.name, "text": text}
 
-    def _take(self, worker: Worker, token: int) -> Iterator[Event]:
+    def _take(self, worker: Worker, token: int) -> list[Event]:
         """Give a worker the token sampled for it, to be fed in the next step."""
         worker.pending = [token]
         worker.token_ids.append(token)
-        worker.sampled += 1
+        worker.tokens += 1
         worker.begins = False
-        if text := self.model.tokenizer.next_text(worker.decoder, token):
-            worker.paragraphs[-1] += text
-            yield {"do": "text", "worker": worker.name, "text": text}
+        text = worker.stream.next(token)
+        worker.paragraphs[-1] += text
         if self.words.boxed and "}" in text and (answer := boxed("".join(worker.paragraphs))):
             worker.answer = answer
-            if self.answer is None and self.shared:
-                self.answer = answer
-            if not self.shared:
+            if self.shared:
+                self.answer = self.answer or answer
+            else:
                 worker.active = False  # alone, it would have stopped here
+        return [{"do": "text", "worker": worker.name, "text": text}] if text else []
 
     def _move(self, worker: Worker) -> Event:
         self.cache.move(worker.name, COMMON)
         return {"do": "move", "from": worker.name, "to": COMMON}
 
     def _stops(self) -> bool:
-        if self.answer is not None:
+        answered = any(worker.answer for worker in self.workers)
+        if not any(worker.active for worker in self.workers):
+            self.stopped_by = "answer" if answered else "retired"
+        elif answered and self.shared:
             self.stopped_by = "answer"
-        elif not any(worker.active for worker in self.workers):
-            self.stopped_by = "answer" if any(worker.answer for worker in self.workers) else "retired"
         elif self.forward_steps >= self.max_steps:
             self.stopped_by = "steps"
         elif self._outgrows():
@@ -252,72 +244,58 @@ class Run:
             pending = sum(len(active[block].pending) + more for block in view if block in active)
             return sum(self.cache.lengths[block] for block in view) + pending
 
-        longest = max(length(self.views[name], 0) for name in active)
-        finishers = max(length(view, 1) for view in self.finishers.values()) + self._finisher_room()
-        return max(longest, finishers if self.asks_for_answer else 0) > self.model.config.context
-
-    def _finisher_room(self) -> int:
-        return len(self.cue) + FINISHER_TOKENS if self.asks_for_answer else 0
+        lengths = [length(self.views[name], 0) for name in active]
+        if self.asks_for_answer:
+            lengths += [length(view, 1) + self.finisher_room for view in self.finishers.values()]
+        return max(lengths) > self.model.config.context
 
     def _finish(self) -> Iterator[Event]:
         """Where there is no answer and the prompt asks for one: ask for it, over all that has been written.
 
         What was sampled last and has not been fed goes in together with the cue.
         """
-        lacking = [w.name for w in self.workers if w.answer is None] if not self.shared else [None]
-        if not self.asks_for_answer or not lacking:
+        lacking: list[str | None] = [None] if self.shared else [w.name for w in self.workers if w.answer is None]
+        if self.answer is not None or not self.asks_for_answer:
             return
-        late = [w for w in self.workers if w.active and not w.begins]
-        views = [self.views[w.name] for w in late] + [self.finishers[who] for who in lacking]
-        tokens = [w.pending for w in late] + [self.cue for _ in lacking]
+        late = [worker for worker in self.workers if worker.active and not worker.begins]
+        views = [self.views[worker.name] for worker in late] + [self.finishers[who] for who in lacking]
+        tokens = [worker.pending for worker in late] + [self.cue for _ in lacking]
         written: dict[str | None, list[int]] = {who: [] for who in lacking}
-        going = lacking
-        while going:
-            logits = self._feed(views, tokens)[-len(going) :]
+        while lacking:
+            logits = self._feed(views, tokens)[-len(lacking) :]
             self.finisher_steps += 1
             ids = logits.argmax(-1).tolist()
             yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * (len(views) - len(ids)) + ids}
-            for who, token in zip(going, ids):
+            for who, token in zip(lacking, ids):
                 written[who].append(token)
-            going = [who for who in going if not self._finished(who, written[who])]
-            views, tokens = [self.finishers[who] for who in going], [written[who][-1:] for who in going]
-        for who in lacking:
-            yield {"do": "finisher", "worker": who, "text": self.words.cue + self.model.tokenizer.decode(written[who])}
+            lacking = [who for who in lacking if not self._finished(who, written[who])]
+            views, tokens = [self.finishers[who] for who in lacking], [written[who][-1:] for who in lacking]
+        for who, ids in written.items():
+            yield {"do": "finisher", "worker": who, "text": self.words.cue + self.model.tokenizer.decode(ids)}
 
     def _finished(self, who: str | None, written: list[int]) -> bool:
         answer = boxed(self.words.cue + self.model.tokenizer.decode(written))
-        if who is None:
-            self.answer = answer
-        else:
-            next(worker for worker in self.workers if worker.name == who).answer = answer
+        for one in [self] if who is None else [worker for worker in self.workers if worker.name == who]:
+            one.answer = answer
         return answer is not None or written[-1] in self.model.eos or len(written) >= FINISHER_TOKENS
 
     def summary(self) -> dict:
         """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` only what was sampled."""
-        tokens = sum(worker.sampled for worker in self.workers)
+        tokens = sum(worker.tokens for worker in self.workers)
+        own = ("forward_steps", "finisher_steps", "seconds", "answer", "stopped_by", "seed")
+        of_worker = ("name", "token_ids", "tokens", "paragraphs", "answer")
+        decode = self.model.tokenizer.decode
         return {
             "model": self.model.name,
             "layout": self.layout_name,
-            "seed": self.seed,
             "sampling": vars(self.sampling),
             "prompt_tokens": len(self.prompt),
-            "forward_steps": self.forward_steps,
-            "finisher_steps": self.finisher_steps,
             "tokens": tokens,
-            "seconds": self.seconds,
-            "ms_per_step": 1000 * self.seconds / max(self.forward_steps, 1),
             "tokens_per_second": tokens / self.seconds if self.seconds else 0.0,
-            "answer": self.answer,
-            "stopped_by": self.stopped_by,
+            "ms_per_step": 1000 * self.seconds / max(self.forward_steps, 1),
+            **{key: getattr(self, key) for key in own},
             "workers": [
-                {
-                    "name": worker.name,
-                    "text": self.model.tokenizer.decode(worker.token_ids),
-                    "token_ids": worker.token_ids,
-                    "tokens": worker.sampled,
-                    "paragraphs": worker.paragraphs,
-                    "answer": worker.answer,
-                }
+                {**{key: getattr(worker, key) for key in of_worker}, "text": decode(worker.token_ids)}
                 for worker in self.workers
             ],
         }
@@ -330,36 +308,34 @@ class Printer:
     """Prints a run's text as it grows: one worker as it comes, several line by line with the name before it."""
 
     def __init__(self, names: list[str]):
-        self.lines = {name: "" for name in names}
+        self.unfinished = dict.fromkeys(names, "")
 
     def show(self, event: Event) -> None:
-        if event["do"] == "text" and len(self.lines) == 1:
-            print(event["text"], end="", flush=True)
+        name, text = event.get("worker"), event.get("text", "")
+        if event["do"] == "text" and len(self.unfinished) == 1:
+            print(text, end="", flush=True)
         elif event["do"] == "text":
-            *lines, self.lines[event["worker"]] = (self.lines[event["worker"]] + event["text"]).split("\n")
-            self.print_lines(event["worker"], lines)
-        elif event["do"] in ("move", "retire"):
-            self.flush([event.get("worker") or event["from"]])
+            *lines, self.unfinished[name] = (self.unfinished[name] + text).split("\n")
+            self.say(name, lines)
+        elif event["do"] in ("begin", "retire"):
+            self.flush([name])
         elif event["do"] == "finisher":
-            self.flush(list(self.lines))
-            of = f" of {event['worker']}" if event["worker"] else ""
-            print(f"(finisher{of}) {event['text'].strip()}", flush=True)
+            self.flush(list(self.unfinished))
+            self.say(f"finisher of {name}" if name else "finisher", text.split("\n"))
 
     def flush(self, names: list[str]) -> None:
-        if len(self.lines) > 1:
-            for name in names:
-                self.print_lines(name, [self.lines[name]])
-                self.lines[name] = ""
+        for name in names:
+            self.say(name, [self.unfinished[name]])
+            self.unfinished[name] = ""
 
-    def print_lines(self, name: str, lines: list[str]) -> None:
-        for line in lines:
-            if line.strip():
-                print(f"{name}: {line.strip()}", flush=True)
+    def say(self, name: str, lines: list[str]) -> None:
+        for line in filter(str.strip, lines):
+            print(f"{name}: {line.strip()}", flush=True)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -386,20 +362,22 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read_prompt(given: str | None) -> str:
-    if given not in (None, "-"):
-        prompt = given
-    elif sys.stdin is None or (given is None and sys.stdin.isatty()):
+    if given is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError("no prompt: give it as an argument, or on standard input")
-    else:
-        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    if not prompt.isprintable() and any("\ud800" <= char <= "\udfff" for char in prompt):
-        raise InputError("the prompt is not valid UTF-8")
-    return prompt
+    if given in (None, "-"):
+        given = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    try:
+        given.encode()  # an argument may hold stray bytes too
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8") from None
+    return given
 
 
 def command(options: argparse.Namespace) -> int:
-    if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
-        raise InputError(f"--json {options.json}: cannot be written there")
+    if options.json:
+        folder = options.json.absolute().parent
+        if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"--json {options.json}: cannot be written there")
     prompt = read_prompt(options.prompt)
     prompts = load_prompts(options.prompts) if options.prompts else None
     model = load(options.model, options.dtype, options.device)
@@ -413,7 +391,7 @@ def command(options: argparse.Namespace) -> int:
             printer.show(event)
     except KeyboardInterrupt:
         interrupted = True
-    printer.flush(list(printer.lines))
+    printer.flush(list(printer.unfinished))
     if len(run.workers) == 1 or run.answer is not None:
         print()
     if run.answer is not None:
@@ -436,16 +414,25 @@ def summary_line(result: dict, interrupted: bool) -> str:
 
 
 def write_json(path: Path, result: dict) -> None:
-    """Write beside, then rename: the file is whole or as it was."""
+    """Write beside, then rename: the file is whole, or as it was."""
+    text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # a pipe or a terminal
+        path.write_text(text, "utf-8")
+        return
+    path = path.resolve()
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `minihogwild`. Exit code 2, with one line on standard error, for what can't be done."""
     logging.basicConfig(format="minihogwild: %(message)s")
     options = arguments().parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
     try:
         return command(options)
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell

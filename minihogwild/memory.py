@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -10,20 +9,21 @@ import torch
 
 from .config import InputError
 
+TOLD = ("out of memory", "not enough memory", "can't allocate memory")  # by torch, where it has no type for it
+
 
 @contextmanager
-def allocating(nbytes: int, what: str, device: torch.device) -> Iterator[None]:
+def allocating(nbytes: int, what: str, device: torch.device):
     """Raise InputError where `nbytes` for `what` are not to be had on `device`.
 
     A CPU is asked beforehand: Linux grants memory that it does not have, and kills the process later.
     """
     asked = f"out of memory on {device}: {what} needs {nbytes / 1e9:.2f} GB"
-    free = psutil.virtual_memory().available
-    if device.type == "cpu" and nbytes > free:
+    if device.type == "cpu" and nbytes > (free := psutil.virtual_memory().available):
         raise InputError(f"{asked}, of which {free / 1e9:.2f} GB are free")
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch: OutOfMemoryError on an accelerator, else RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(how in str(error) for how in TOLD):
             raise
         raise InputError(asked) from error

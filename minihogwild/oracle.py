@@ -104,48 +104,37 @@ def frequencies(config: Config) -> list[float]:
     rope, D = config.rope, config.head_dim
     result = []
     for pair in range(D // 2):
-        plain = 1 / rope.theta ** (2 * pair / D)
-        stretched = plain / rope.factor
-        if rope.type == "default":
-            result.append(plain)
-        elif rope.type == "linear":
-            result.append(stretched)
-        elif rope.type == "llama3":
-            wavelength = 2 * math.pi / plain
-            if wavelength < rope.original_context / rope.high_freq_factor:
-                result.append(plain)
-            elif wavelength > rope.original_context / rope.low_freq_factor:
-                result.append(stretched)
-            else:
-                smooth = rope.original_context / wavelength - rope.low_freq_factor
-                smooth /= rope.high_freq_factor - rope.low_freq_factor
-                result.append((1 - smooth) * stretched + smooth * plain)
-        elif rope.type == "yarn":
-            # The pair (as a real number) that makes `turns` turns within the original context
-            first, last = (
-                D * math.log(rope.original_context / (2 * math.pi * turns)) / math.log(rope.theta) / 2
-                for turns in (rope.beta_fast, rope.beta_slow)
-            )
-            if rope.truncate:
-                first, last = math.floor(first), math.ceil(last)
-            first, last = max(first, 0), min(last, D - 1)
-            ramp = (pair - first) / ((last - first) or 0.001)
-            ramp = min(max(ramp, 0), 1)
-            result.append(stretched * ramp + plain * (1 - ramp))
-        else:
-            raise ValueError(f"unknown rope type {rope.type!r}")
+        plain = 1 / rope.rope_theta ** (2 * pair / D)
+        stretched = {"default": 0.0, "linear": 1.0}.get(rope.rope_type)  # how far toward plain / factor
+        if rope.rope_type == "llama3":
+            wavelengths = rope.original_max_position_embeddings / (2 * math.pi / plain)  # in the trained context
+            stretched = (rope.high_freq_factor - wavelengths) / (rope.high_freq_factor - rope.low_freq_factor)
+        elif rope.rope_type == "yarn":
+            first, last = yarn_bounds(config)
+            stretched = (pair - first) / ((last - first) or 0.001)
+        stretched = min(max(stretched, 0.0), 1.0)
+        result.append(stretched * plain / rope.factor + (1 - stretched) * plain)
     return result
+
+
+def yarn_bounds(config: Config) -> tuple[float, float]:
+    """The pairs, as real numbers, that make beta_fast and beta_slow turns in the trained context."""
+    rope, D = config.rope, config.head_dim
+    bounds = []
+    for turns, rounded in ((rope.beta_fast, math.floor), (rope.beta_slow, math.ceil)):
+        wavelength = rope.original_max_position_embeddings / turns
+        pair = D / 2 * math.log(wavelength / (2 * math.pi), rope.rope_theta)
+        bounds.append(rounded(pair) if rope.truncate else pair)
+    return max(bounds[0], 0), min(bounds[1], D - 1)
 
 
 def magnitude(config: Config) -> float:
     """What YaRN multiplies queries and keys by."""
     rope = config.rope
-    if rope.type != "yarn":
+    if rope.rope_type != "yarn" or (rope.attention_factor is None and rope.factor <= 1):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    if rope.factor <= 1:
-        return 1.0
     log = 0.1 * math.log(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         return (rope.mscale * log + 1) / (rope.mscale_all_dim * log + 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 from .config import InputError
 from .text import read_json
@@ -46,11 +46,12 @@ The problem:
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            wanted = {"names": tuple, "boxed": bool}.get(field.name, str)
+        for name, value in vars(self).items():
+            wanted = {"names": tuple, "boxed": bool}.get(name, str)
             if not isinstance(value, wanted):
-                raise InputError(f"prompts: {field.name} must be a {wanted.__name__}, not {value!r}")
+                raise InputError(f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
+            if wanted is str and value != value.encode("utf-8", "ignore").decode():
+                raise InputError(f"prompts: {name} is not valid Unicode")
         if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
             raise InputError(f"prompts: names must be strings that differ, not {list(self.names)}")
 
@@ -58,11 +59,11 @@ The problem:
 def load_prompts(path: Path) -> Prompts:
     """Prompts with the fields that a JSON file gives; the others keep their defaults."""
     given = read_json(path)
-    if unknown := given.keys() - {field.name for field in fields(Prompts)}:
+    if unknown := given.keys() - vars(Prompts()):
         raise InputError(f"{path}: unknown: {', '.join(sorted(unknown))}")
     if isinstance(given.get("names"), list):
         given["names"] = tuple(given["names"])
-    return replace(Prompts(), **given)
+    return Prompts(**given)
 
 
 def fill(template: str, **values: object) -> str:
@@ -72,7 +73,8 @@ def fill(template: str, **values: object) -> str:
 
 # Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
 TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
-BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*\Z")
+FENCE = r"^[^\S\n]*(([`~])\2{2,})[^`\n]*$"  # the line that opens a code block
+FENCED = re.compile(FENCE + r"\n(?:.*?\n)??[^\S\n]*\1\2*[^\S\n]*$", re.MULTILINE | re.DOTALL)
 
 
 def paragraph_closed(text: str) -> bool:
@@ -80,29 +82,14 @@ def paragraph_closed(text: str) -> bool:
 
     Never inside an open code fence or `$$`.
     """
-    if not BLANK_LINE.search(text):
+    if not re.search(r"\n[^\S\n]*\n\s*\Z", text):  # the blank line
         return False
-    fence, just_closed, prose = "", False, []
-    for line in text.rstrip().split("\n"):
-        marks = re.match(r"\s*(`{3,}|~{3,})(.*)", line)
-        just_closed = False
-        if marks and not fence:
-            fence = marks[1]
-        elif marks and marks[1].startswith(fence) and not marks[2].strip():
-            fence, just_closed = "", True
-        elif not fence:
-            prose.append(line)
-    if fence:
-        return False
-    formulas = "\n".join(prose)
-    if formulas.count("$$") % 2:
-        return False
-    if just_closed or formulas.endswith("$$"):
-        return True
-    end = text.rstrip()
-    while end and (end[-1] in "\"'*_~` " or unicodedata.category(end[-1]) in ("Pe", "Pf", "Pi")):
-        end = end[:-1]
-    return end.endswith(tuple(TERMINATORS))
+    text = FENCED.sub(".", text)  # a whole code block or formula ends a sentence,
+    text = re.sub(r"\$\$.*?\$\$", ".", text, flags=re.DOTALL)
+    if re.search(FENCE, text, re.MULTILINE) or "$$" in text:
+        return False  # an open one does not let the paragraph end
+    ends = (c for c in reversed(text.rstrip()) if c not in "\"'*_~` " and category(c) not in ("Pe", "Pf", "Pi"))
+    return next(ends, " ") in TERMINATORS
 
 
 def boxed(text: str) -> str | None:

@@ -22,19 +22,17 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     differs is how much of each pair is kept as trained: all (default), none (linear), or a ramp over the
     turns that the pair makes in the trained context (llama3), or over its index (yarn, arXiv 2309.00071).
     """
-    trained = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if rope.type == "default":
+    trained = rope.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if rope.rope_type == "default":
         return trained
-    if rope.type == "linear":
+    if rope.rope_type == "linear":
         kept = torch.zeros_like(trained)
-    elif rope.type == "llama3":
-        turns = rope.original_context * trained / (2 * math.pi)
+    elif rope.rope_type == "llama3":
+        turns = rope.original_max_position_embeddings * trained / (2 * math.pi)
         kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    elif rope.type == "yarn":
+    else:
         low, high = yarn_ramp(rope, head_dim)
         kept = 1 - (torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)
-    else:
-        raise ValueError(f"unknown rope type {rope.type!r}")
     kept = kept.clamp(0, 1)
     return trained * kept + trained / rope.factor * (1 - kept)
 
@@ -42,10 +40,12 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
     """The pairs between which yarn passes from 'as trained' to 'divided by factor'."""
 
-    def pair_that_turns(times: float) -> float:
-        return head_dim * math.log(rope.original_context / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = (
+        head_dim
+        * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
+        / (2 * math.log(rope.rope_theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -54,27 +54,23 @@ def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
 
 def attention_factor(rope: Rope) -> float:
     """YaRN's m. It scales the scores by m² (Cache.scale), never a rotation: a moved key would get it twice."""
-    if rope.type != "yarn":
+    if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-
-    def grown(mscale: float) -> float:
-        return 0.1 * mscale * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
-
-    if rope.mscale and rope.mscale_all_dim:
-        return grown(rope.mscale) / grown(rope.mscale_all_dim)
-    return grown(1.0)
+    above, below = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1, 0)
+    growth = 0.1 * math.log(max(rope.factor, 1))
+    return (above * growth + 1) / (below * growth + 1)
 
 
-def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) for `rotate`, each [*positions.shape, D]; the first half of sin is negated.
+def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """cos and sin for `rotate`, [2, *positions.shape, D]; the first half of sin is negated.
 
     The product is taken in float64: in float32 the angle at position 131,072 is off by 0.005 rad.
     """
     angles = positions.to(torch.float64)[..., None] * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .config import InputError
 
@@ -31,17 +29,16 @@ class Sampling:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {right}")
 
 
-def sample(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> list[int]:
+def sample(logits: torch.Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
     """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator)."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     V = logits.shape[-1]
-    top, ids = (logits.float() / sampling.temperature).topk(min(sampling.top_k or V, V))  # likeliest first
-    p = top.softmax(-1)
-    before = p.cumsum(-1) - p
-    p = p.where((before < sampling.top_p) & (p >= sampling.min_p * p[:, :1]), 0)
+    top, ids = logits.float().topk(min(sampling.top_k or V, V))  # likeliest first
+    p = ((top - top[:, :1]) / max(sampling.temperature, 1e-30)).softmax(-1)  # the smallest would be 0 in float32
+    p = p.where((p.cumsum(-1) - p < sampling.top_p) & (p >= sampling.min_p * p[:, :1]), 0)
     reached = p.cumsum(-1)
     drawn = torch.stack([torch.rand(1, generator=stream) for stream in streams]).to(logits.device)
-    choice = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
-    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)  # should the product round up to the sum
+    # The clamp: should the product round up to the sum
+    choice = torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp(max=(p > 0).sum(-1, True) - 1)
     return ids.gather(-1, choice)[:, 0].tolist()

@@ -9,16 +9,23 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from datetime import datetime
 from pathlib import Path
+from time import strftime
 
-import jinja2
-import jinja2.ext
+import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.decoders import DecodeStream
 
 from .config import InputError
+
+
+def raise_exception(message: str) -> None:
+    raise InputError(message)
+
+
+# The environment that the ecosystem renders chat templates in: transformers' apply_chat_template
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
+TEMPLATES.globals |= {"raise_exception": raise_exception, "strftime_now": strftime}
 
 
 class Tokenizer:
@@ -27,18 +34,24 @@ class Tokenizer:
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         data = read_json(path)
-        added = data.get("added_tokens") or []
-        self.control = {token["content"]: token["id"] for token in added if token["content"].strip()}
+        added = [token for token in data.get("added_tokens") or [] if token["content"].strip()]
+        self.control = {token["content"]: token["id"] for token in added}
+        # A few control tokens take the white space beside them along
+        patterns = [r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added]
+        self.at_control = re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
         self.hidden = {token["id"] for token in added if token["special"]}  # not shown in decoded text
         # `encode_special_tokens` reads special tokens as plain text. For that all control tokens must count as
         # special: some checkpoints mark `<think>` or even `<|User|>` as ordinary added tokens.
         for token in added:
-            token["special"] = bool(token["content"].strip())
+            token["special"] = True
+        data["truncation"] = data["padding"] = None
         try:
-            self.tokenizer = HFTokenizer.from_str(json.dumps(data))
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(f"{path}: not a tokenizer that `tokenizers` can read: {error}") from error
         self.tokenizer.encode_special_tokens = True
+        self.mark = secrets.token_hex(16)  # stands in no text; see `chat`
+        self.tokenizer.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
         self.special, self.template = chat_settings(folder)
 
     def encode(self, text: str) -> list[int]:
@@ -53,71 +66,72 @@ class Tokenizer:
         """
         if self.template is None:
             return self.tokenizer.encode(prompt).ids
-        # Where does the template end and the user begin? A mark that no template contains tells.
-        mark = secrets.token_hex(16)
-        before, *more = self._render(mark).split(mark)
+        before, mark, after = self._render(self.mark).partition(self.mark)  # what the template puts around the user
         rendered = self._render(prompt)
-        if len(more) != 1 or not (rendered.startswith(before) and rendered.endswith(more[0])):
+        content = rendered.removeprefix(before).removesuffix(after)
+        if not mark or mark in after or before + content + after != rendered or content.strip() != prompt.strip():
             raise InputError("the chat template does not show the user's message once, as it is")
-        [after] = more
-        content = rendered[len(before) : len(rendered) - len(after)]
         # Cut the template's own words at its control tokens. The user's text stays in one piece with the plain
         # text around it, so that it is tokenised as it would be in the whole.
-        pattern = "|".join(sorted(map(re.escape, self.control), key=len, reverse=True)) or "(?!)"
-        head, tail = re.split(f"({pattern})", before), re.split(f"({pattern})", after)
+        head, tail = self.at_control.split(before), self.at_control.split(after)
         pieces = [*head[:-1], head[-1] + content + tail[0], *tail[1:]]  # plain, control, plain, ...
-        ids = []
-        for n, piece in enumerate(pieces):
-            ids += [self.control[piece]] if n % 2 else self.encode(piece)
+        ids = self.encode(pieces[0])
+        for control, piece in zip(pieces[1::2], pieces[2::2]):
+            # Behind the mark, since some tokenizers put a space before the very first piece of a text
+            ids += [self.control[control.strip()], *self.encode(self.mark + piece)[1:]]
         return ids
 
-    def stream(self, before: list[int]) -> DecodeStream:
-        """Decodes token by token what follows the ids in `before`; see `next_text`."""
-        return DecodeStream(ids=before)
-
-    def next_text(self, stream: DecodeStream, token: int) -> str:
-        """The text that `token` completes: "" for a special token, and until a character's bytes are all there."""
-        return "" if token in self.hidden else stream.step(self.tokenizer, token) or ""
+    def stream(self, before: list[int]) -> Stream:
+        """Decodes, token by token, what follows the ids in `before`."""
+        return Stream(self, before)
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
         return self.tokenizer.decode([i for i in ids if i not in self.hidden], skip_special_tokens=False)
 
     def _render(self, prompt: str) -> str:
-        # The environment that the ecosystem renders chat templates in: transformers' apply_chat_template.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        messages = [{"role": "user", "content": prompt}]
+        given = {"messages": [{"role": "user", "content": prompt}], "tools": None, "documents": None}
         try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InputError(f"the chat template fails: {error}") from error
+            # `generation` marks what to train on: for rendering it is no more than a pair of brackets
+            source = re.sub(r"(\{%[-+]?\s*)(end|)generation(\s*[-+]?%\})", r"\1\2with\3", self.template)
+            return TEMPLATES.from_string(source).render(**self.special, **given, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InputError(f"the chat template fails: {' '.join(str(error).split())}") from error
+
+
+class Stream:
+    """Text of a growing run of tokens, each character once, and only when all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int]):
+        self.tokenizer, self.told, self.new = tokenizer, list(before), []
+
+    def next(self, token: int) -> str:
+        """The text that `token` completes, "" if none. Special tokens have no text."""
+        # What a token reads as depends on the ones before it (a first token may lose its space)
+        self.new.append(token)
+        told, text = (self.tokenizer.decode(ids) for ids in (self.told, self.told + self.new))
+        if text.endswith("\ufffd") or len(text) <= len(told):
+            return ""
+        self.told, self.new = self.new, []
+        return text[len(told) :]
 
 
 def chat_settings(folder: Path) -> tuple[dict[str, str], str | None]:
     """(special tokens by name, such as `bos_token`; the chat template or None)."""
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
-    special = {}
-    for name, value in settings.items():
-        if name.endswith("_token") and value:
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                special[name] = value
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings.items()}
+    special = {name: text for name, text in texts.items() if name.endswith("_token") and text and isinstance(text, str)}
     own_file = folder / "chat_template.jinja"
-    template = own_file.read_text("utf-8") if own_file.exists() else settings.get("chat_template")
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if own_file.exists():
+        try:
+            template = own_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{own_file}: cannot be read: {error}") from error
     return special, template
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def read_json(path: Path) -> dict:

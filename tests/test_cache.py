@@ -134,8 +134,8 @@ class CacheMachine(RuleBasedStateMachine):
     def pages(self):
         """Each page has one owner or is free, none is lost, and blocks hold no more than they need."""
         owned = [page for pages in self.cache.pages.values() for page in pages]
-        capacity = self.cache.values[0].shape[1] // self.page
-        assert sorted(owned + self.cache._free) == list(range(capacity))
+        capacity = len(self.cache.keys[0])
+        assert sorted(owned + self.cache.free) == list(range(capacity))
         for block, tokens in self.blocks.items():
             assert len(self.cache.pages[block]) == -(-len(tokens) // self.page)
 

@@ -66,7 +66,7 @@ def test_pairs_lie_half_a_head_apart_and_turn_counterclockwise():
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-9), (torch.float32, 1e-7)])
 def test_angles_are_exact_far_out(position, dtype, exact):
     getcontext().prec = 50
-    cos, sin = rotation(torch.tensor(position), inverse_frequencies(Rope(theta=500_000.0), 64), dtype)
+    cos, sin = rotation(torch.tensor(position), inverse_frequencies(Rope(rope_theta=500_000.0), 64), dtype)
     for pair in range(32):
         angle = float(position * Decimal(500_000) ** (Decimal(-2 * pair) / 64) % (2 * PI))
         assert cos[pair].item() == pytest.approx(math.cos(angle), abs=exact)
@@ -99,7 +99,7 @@ def test_attention_factor_equals_the_oracles(name):
 def test_known_frequencies():
     """Llama 3.1's published scaling leaves fast pairs alone and divides slow ones by 8."""
     rope = Rope("llama3", 500_000.0, 8.0, 8192, 1.0, 4.0)
-    plain = inverse_frequencies(Rope(theta=500_000.0), 128)
+    plain = inverse_frequencies(Rope(rope_theta=500_000.0), 128)
     ratio = plain / inverse_frequencies(rope, 128)
     assert torch.equal(ratio[:29], torch.ones(29, dtype=torch.float64))
     assert ratio[29] > 1

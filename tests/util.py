@@ -15,12 +15,23 @@ from minihogwild.oracle import Oracle
 V = 61
 
 ROPES = {
-    "default": Rope(theta=1000.0),
+    "default": Rope(rope_theta=1000.0),
     "linear": Rope("linear", factor=3.0),
-    "llama3": Rope("llama3", theta=5000.0, factor=8.0, original_context=64, low_freq_factor=1.0, high_freq_factor=4.0),
-    "yarn": Rope("yarn", factor=4.0, original_context=32),
-    "yarn, given m": Rope("yarn", theta=500.0, factor=16.0, original_context=24, attention_factor=1.3, truncate=False),
-    "yarn, mscales": Rope("yarn", factor=8.0, original_context=48, mscale=1.2, mscale_all_dim=0.4, beta_fast=16.0),
+    "llama3": Rope(
+        "llama3",
+        rope_theta=5000.0,
+        factor=8.0,
+        original_max_position_embeddings=64,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    ),
+    "yarn": Rope("yarn", factor=4.0, original_max_position_embeddings=32),
+    "yarn, given m": Rope(
+        "yarn", rope_theta=500.0, factor=16.0, original_max_position_embeddings=24, attention_factor=1.3, truncate=False
+    ),
+    "yarn, mscales": Rope(
+        "yarn", factor=8.0, original_max_position_embeddings=48, mscale=1.2, mscale_all_dim=0.4, beta_fast=16.0
+    ),
 }
 
 
