@@ -1,0 +1,92 @@
+"""Time per decode step: W workers over one common prompt, against transformers' cached decode of W such sequences.
+
+Both run in one process and take turns, so that a busy machine slows both. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import timeit
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+
+from minihogwild import Cache, Model, forward, load
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import smollm2
+
+PROMPT, CHUNK = 1024, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="a model folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--steps", type=int, default=60, help="measured of each, for each number of workers")
+    options = parser.parse_args()
+    folder = options.model or smollm2.folder()
+    machine = {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(*(f"{key} {value}" for key, value in machine.items()), sep=" · ")
+
+    ours = load(folder, options.dtype, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).eval()
+    floor = 1e3 * sum(parameter.nbytes for parameter in theirs.parameters()) / copy_speed()
+    print(f"{Path(folder).name}, {options.dtype}, prompt of {PROMPT} tokens, medians of {options.steps} steps")
+    print(f"to read the weights once, at copy speed: {floor:.1f} ms\n\nworkers   minihogwild   transformers   ratio")
+    results = []
+    for workers in (1, 2, 4):
+        pairs = measure(ours, theirs, workers, options.steps)
+        our_ms, their_ms = (1e3 * median(column) for column in zip(*pairs))
+        ratio = median(our / their for our, their in pairs)
+        print(f"{workers:7} {our_ms:10.1f} ms {their_ms:11.1f} ms {ratio:7.2f}", flush=True)
+        row = {"workers": workers, "ms": our_ms, "transformers_ms": their_ms, "ratio": ratio}
+        results.append({key: round(value, 3) for key, value in row.items()})
+    settings = {"model": Path(folder).name, "dtype": options.dtype, "prompt": PROMPT, "steps": options.steps}
+    print(json.dumps({**settings, **machine, "floor_ms": round(floor, 3), "results": results}))
+
+
+@torch.inference_mode()
+def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, float]]:
+    """(our seconds, theirs) of each decode step."""
+    prompt = torch.randint(ours.config.vocab_size, (PROMPT,))
+    names = [f"worker {w}" for w in range(workers)]
+    views = [["prompt", *(name for name in names if name != own), own] for own in names]
+    cache, past = Cache(ours.config, ["prompt", *names], ours.dtype), transformers.DynamicCache(config=theirs.config)
+    for chunk in prompt.split(CHUNK):
+        forward(chunk, ours.weights, ours.config, cache, cache.extend([["prompt"]], [len(chunk)]))
+    theirs(prompt[None], past_key_values=past, logits_to_keep=1)
+    past.batch_repeat_interleave(workers)
+    step = {
+        "ours": lambda: forward(tokens, ours.weights, ours.config, cache, cache.extend(views, [1] * workers)),
+        "theirs": lambda: theirs(tokens[:, None], past_key_values=past),
+    }
+    pairs = []
+    for n in range(steps):
+        tokens = torch.randint(ours.config.vocab_size, (workers,))
+        order = sorted(step, reverse=n % 2 == 0)
+        seconds = {who: timeit.timeit(step[who], number=1) for who in order}
+        pairs.append((seconds["ours"], seconds["theirs"]))
+    return pairs
+
+
+def copy_speed() -> float:
+    """Bytes per second, read and written."""
+    source = torch.ones(2**26)
+    target = source.clone()
+    return 2 * source.nbytes / min(timeit.repeat(lambda: target.copy_(source), number=1, repeat=10))
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return name[1] if name else "unknown"
+
+
+if __name__ == "__main__":
+    main()

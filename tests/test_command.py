@@ -1,0 +1,566 @@
+"""The command: what it prints and writes, and one line with exit code 2 for what cannot be done."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import END, ids_of, one_thread, save_model
+
+from minihogwild import Model, generate, load
+from minihogwild.generate import main
+
+SAYS = {"together": "{names}: {problem}\n", "header_others": "[o]", "header_own": "[m]", "cue": " \\boxed{"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = save_model(tmp_path_factory.mktemp("model"))
+    (path / "prompts.json").write_text(json.dumps(SAYS))  # short, and without an answer in a box
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Model:
+    return load(folder, device="cpu")
+
+
+@pytest.fixture
+def command(folder, capsys, monkeypatch) -> Callable:
+    """(exit code, standard output, standard error) of the command, run in this process."""
+
+    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), "utf-8"))
+        argv = [str(argument) for argument in arguments]
+        argv += [] if "--model" in argv else ["--model", str(folder)]
+        argv += [] if "--device" in argv else ["--device", "cpu"]
+        try:
+            code = main(argv)
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def script(model, monkeypatch) -> Callable[..., None]:
+    """Make worker w write the w-th text, then x for ever."""
+
+    def write(*texts: list[str]) -> None:
+        scripts = iter([ids_of(model, *text) for text in texts])
+        writing = {}
+
+        def sample(logits, sampling, streams):
+            for stream in streams:  # at first all of them, in worker order
+                if id(stream) not in writing:
+                    writing[id(stream)] = (
+                        stream,
+                        itertools.chain(next(scripts), itertools.repeat(ids_of(model, "x")[0])),
+                    )
+            return [next(writing[id(stream)][1]) for stream in streams]
+
+        monkeypatch.setattr(generate, "sample", sample)
+
+    return write
+
+
+@pytest.fixture
+def fail_at_step(monkeypatch) -> Callable[[int, BaseException], None]:
+    """Let the n-th call of forward raise."""
+
+    def patch(n: int, error: BaseException) -> None:
+        forward, calls = generate.forward, itertools.count(1)
+
+        def failing(*arguments):
+            if next(calls) == n:
+                raise error
+            return forward(*arguments)
+
+        monkeypatch.setattr(generate, "forward", failing)
+
+    return patch
+
+
+def assert_one_line(err: str, *culprits: str) -> None:
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("minihogwild: ")
+    assert "Traceback" not in err
+    for culprit in culprits:
+        assert culprit in err
+
+
+# ---- what it prints
+
+
+def test_one_worker_prints_its_text_as_it_is(command, script):
+    script(["é is\n  5.\n\nSo 😀", END])
+    code, out, err = command("How?", "--workers", 1)
+    assert code == 0
+    assert out == "é is\n  5.\n\nSo 😀\n"
+    assert "retired" in err
+
+
+def test_several_workers_print_line_by_line_with_their_names(command, script):
+    script(["A 日.", "\n\n", "B", END], ["one\ntwo", END])
+    code, out, err = command("How?")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("Alice")] == ["Alice: A 日.", "Alice: B"]
+    assert [line for line in lines if line.startswith("Bob")] == ["Bob: one", "Bob: two"]
+    assert len([line for line in lines if line.strip()]) == 4
+    assert lines.index("Bob: one") < lines.index("Alice: A 日.") < lines.index("Bob: two") < lines.index("Alice: B")
+    sampled = {"Alice": len("A ") + len("日".encode()) + len(".") + 1 + len("B") + 1, "Bob": len("one\ntwo") + 1}
+    for words in (f"{sum(sampled.values())} tokens", *(f"{name} {n}" for name, n in sampled.items()), "retired"):
+        assert words in err
+    assert re.search(r"\d+ forward steps", err)
+    assert re.search(r"[\d.]+ tokens/s", err)
+    assert re.search(r"[\d.]+ ms per step", err)
+
+
+def test_the_answer_comes_last(command, script):
+    script(["so \\boxed{\\frac{1}{2}}"], ["b" * 30])
+    code, out, err = command("How?")
+    assert code == 0
+    assert out.splitlines()[-1] == "Answer: \\frac{1}{2}"
+    assert "Alice: so \\boxed{\\frac{1}{2}}" in out.splitlines()
+    assert "stopped by answer" in err
+
+
+def test_the_finisher_is_shown(command, script):
+    script([], [])
+    code, out, err = command("Put it in \\boxed{}.", "--max-steps", 3)
+    assert code == 0
+    assert "finisher" in out
+    assert re.search(r"\b3 forward steps", err)
+    assert "finisher" in err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_piped_output_has_no_control_codes(command, script, workers):
+    script(*[["some words.", "\n\n", "more \\boxed{1}"]] * workers)
+    code, out, err = command("How?", "--workers", workers)
+    assert code == 0
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out + err)
+
+
+def test_a_prompt_from_everywhere(command, tmp_path):
+    results = {}
+    words = "How much is 2 + 3, in 日本語?"
+    for name, argument, stdin in (
+        ("argument", [words], b"not this"),
+        ("standard input", [], words.encode()),
+        ("dash", ["-"], words.encode()),
+    ):
+        path = tmp_path / name
+        code, out, err = command(*argument, "--max-steps", 5, "--json", path, stdin=stdin)
+        assert code == 0, err
+        results[name] = out, [worker["token_ids"] for worker in json.loads(path.read_text("utf-8"))["workers"]]
+    assert results["argument"] == results["standard input"] == results["dash"]
+    other = command("How much is 2 + 3, in English?", "--max-steps", 5)[1]
+    assert other != results["argument"][0]
+
+
+def test_help(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for option in (
+        "--model", "--workers", "--layout", "--max-steps", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
+        "--prompts", "--dtype", "--device", "--json",
+    ):  # fmt: skip
+        assert option in out
+
+
+# ---- options arrive
+
+
+def test_options_arrive(command, tmp_path):
+    path = tmp_path / "result.json"
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({"names": ["Uno", "Due", "Tre"], "together": "{problem}"}))
+    options = (
+        "--workers 3 --layout contiguous --max-steps 4 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.01 --seed 5"
+    )
+    code, _, err = command("How?", *options.split(), "--prompts", words, "--dtype", "float32", "--json", path)
+    assert code == 0, err
+    result = json.loads(path.read_text("utf-8"))
+    assert [worker["name"] for worker in result["workers"]] == ["Uno", "Due", "Tre"]
+    assert (result["layout"], result["forward_steps"], result["seed"]) == ("contiguous", 4, 5)
+    assert result["sampling"] == {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.01}
+    assert result["prompt_tokens"] == len("How?")
+
+
+def test_the_models_sampling_holds_where_no_option_says_otherwise(command, tmp_path):
+    folder = save_model(tmp_path)
+    given = {"do_sample": True, "temperature": 0.25, "top_k": 9, "top_p": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps({**given, "eos_token_id": [257, 3]}))
+    path = tmp_path / "result.json"
+    assert command("How?", "--model", folder, "--max-steps", 1, "--top-k", 4, "--json", path)[0] == 0
+    assert json.loads(path.read_text())["sampling"] == {"temperature": 0.25, "top_k": 4, "top_p": 0.5, "min_p": 0.0}
+
+
+@pytest.mark.parametrize("layout", ["combined", "contiguous", "interleaved", "independent"])
+def test_same_seed_same_text(command, layout):
+    def text(seed: int) -> str:
+        code, out, _ = command("How?", "--layout", layout, "--temperature", 1, "--max-steps", 10, "--seed", seed)
+        assert code == 0
+        return out
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+# ---- the result as JSON
+
+
+def test_json_has_the_result(command, script, tmp_path):
+    path = tmp_path / "result.json"
+    script(["é.", "\n\n", "so \\boxed{5}"], ["one", END])
+    code, _, _ = command("How?", "--json", path)
+    assert code == 0
+    text = path.read_text("utf-8")
+    assert "é" in text  # readable, not escaped
+    result = json.loads(text)
+    assert result.keys() >= {
+        "forward_steps", "finisher_steps", "tokens", "seconds", "ms_per_step", "answer", "stopped_by", "workers",
+    }  # fmt: skip
+    assert (result["answer"], result["stopped_by"], result["finisher_steps"]) == ("5", "answer", 0)
+    assert result["seconds"] > 0
+    assert result["ms_per_step"] == pytest.approx(1000 * result["seconds"] / result["forward_steps"])
+    alice, bob = result["workers"]
+    assert alice["paragraphs"] == ["é.\n\n", "so \\boxed{5}"]
+    assert alice["text"] == "**Alice [1]:**é.\n\n**Alice [2]:**so \\boxed{5}"
+    assert (bob["paragraphs"], bob["text"]) == (["one"], "**Bob [1]:**one")
+    assert (alice["tokens"], bob["tokens"]) == (len("é.".encode()) + 1 + len("so \\boxed{5}"), len("one") + 1)
+    assert result["tokens"] == alice["tokens"] + bob["tokens"]
+    assert all(isinstance(i, int) for i in alice["token_ids"])
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_json_takes_the_place_of_an_older_file(command, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    path.write_text("old " * 10_000)
+    monkeypatch.chdir(tmp_path)
+    assert command("How?", "--max-steps", 2, "--json", "result.json")[0] == 0
+    assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_the_older_file_stays_where_the_run_fails(command, tmp_path, fail_at_step, step):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    fail_at_step(step, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    code, _, err = command("How?", "--json", path)
+    assert code == 2
+    assert_one_line(err)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_full_disk_leaves_the_older_file(command, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))  # bytes of a file
+    try:
+        code, _, err = command("How?", "--max-steps", 30, "--json", path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("minihogwild: ")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]  # nothing half-written either
+
+
+def test_a_pipe_is_not_replaced_by_a_file(command, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        code, _, err = command("How?", "--max-steps", 1, "--json", path)
+        assert "Traceback" not in err
+        assert stat.S_ISFIFO(path.lstat().st_mode)
+        assert code == 2 or json.loads(os.read(reader, 1 << 16))["forward_steps"] == 1
+    finally:
+        os.close(reader)
+
+
+# ---- what cannot be done
+
+
+TMP = "{tmp}"  # in arguments: an empty folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprits"),
+    [
+        (["hi", "--model", "/no/such/folder"], ["/no/such/folder"]),
+        (["hi", "--model", "./neither"], ["./neither"]),
+        (["hi", "--model", TMP], ["config.json"]),
+        (["hi", "--workers", "0"], ["workers", "0", "16"]),
+        (["hi", "--workers", "17"], ["workers", "17", "16"]),
+        (["hi", "--workers", "-2"], ["workers", "-2"]),
+        (["hi", "--workers", "two"], ["--workers", "two"]),
+        (["hi", "--workers", "1.5"], ["--workers", "1.5"]),
+        (["hi", "--workers"], ["--workers"]),
+        (["hi", "--layout", "sideways"], ["--layout", "sideways", "combined"]),
+        (["hi", "--max-steps", "0"], ["max_steps", "0"]),
+        (["hi", "--max-steps", "many"], ["--max-steps", "many"]),
+        (["hi", "--temperature", "-1"], ["temperature", "-1"]),
+        (["hi", "--temperature", "nan"], ["temperature", "nan"]),
+        (["hi", "--temperature", "inf"], ["temperature", "inf"]),
+        (["hi", "--temperature", "warm"], ["--temperature", "warm"]),
+        (["hi", "--top-k", "-1"], ["top_k", "-1"]),
+        (["hi", "--top-k", "2.5"], ["--top-k", "2.5"]),
+        (["hi", "--top-p", "0"], ["top_p", "0"]),
+        (["hi", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["hi", "--min-p", "-0.5"], ["min_p", "-0.5"]),
+        (["hi", "--min-p", "2"], ["min_p", "2"]),
+        (["hi", "--seed", "-1"], ["seed", "-1"]),
+        (["hi", "--seed", "12345678901234567890"], ["seed", "12345678901234567890"]),
+        (["hi", "--seed", "x"], ["--seed", "x"]),
+        (["hi", "--dtype", "int8"], ["--dtype", "int8"]),
+        (["hi", "--device", "abacus"], ["--device", "abacus"]),
+        (["hi", "--device", "cuda"], ["cuda"]),
+        (["hi", "--colour", "red"], ["--colour"]),
+        (["hi", "--col\nour"], ["--col"]),
+        (["hi", "there"], ["there"]),
+        (["hi", "the\nre"], ["the"]),
+        ([""], ["prompt is empty"]),
+        ([" \n "], ["prompt is empty"]),
+        ([], ["prompt is empty"]),  # nothing on standard input
+        (["-"], ["prompt is empty"]),
+        (["h\udcffi"], ["UTF-8"]),  # how Python passes on an argument of other bytes
+        (["h" * 5000], ["4096"]),
+        (["hi", "--prompts", TMP + "/none.json"], ["none.json"]),
+        (["hi", "--prompts", TMP], ["{tmp}"]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("with_json", [False, True], ids=["", "json"])
+def test_bad_input_gives_one_line(command, tmp_path, monkeypatch, arguments, culprits, with_json):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = [argument.replace(TMP, str(empty)) for argument in arguments]
+    code, out, err = command(*arguments, *(["--json", tmp_path / "result.json"] if with_json else []))
+    assert (code, out) == (2, "")
+    assert_one_line(err, *(culprit.replace(TMP, str(empty)) for culprit in culprits))
+    assert os.listdir(tmp_path) == ["empty"]
+    assert os.listdir(empty) == []
+
+
+def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("404: no nobody/nothing\nMore about this at ...")
+
+    monkeypatch.setattr(sys.modules["minihogwild.load"], "snapshot_download", refuse)
+    code, out, err = command("hi", "--model", "nobody/nothing")
+    assert (code, out) == (2, "")
+    assert_one_line(err, "nobody/nothing")
+
+
+def test_no_model_gives_one_line(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["hi"])
+    assert leaving.value.code == 2
+    assert_one_line(capsys.readouterr().err, "--model")
+
+
+def test_no_prompt_on_a_terminal_gives_one_line(folder, capsys, monkeypatch):
+    for stdin in (None, type("Terminal", (), {"isatty": lambda self: True})()):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["--model", str(folder)]) == 2
+        assert_one_line(capsys.readouterr().err, "no prompt")
+
+
+def test_bytes_that_are_no_text_on_standard_input_give_one_line(command):
+    for argument in ([], ["-"]):
+        code, out, err = command(*argument, stdin=b"What is \xff\xfe?")
+        assert (code, out) == (2, "")
+        assert_one_line(err, "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [
+        (b"", "words.json"),
+        (b"{", "words.json"),
+        (b"[1]", "words.json"),
+        (b'"\xff"', "words.json"),
+        (b'{"colour": "red"}', "colour"),
+        (b'{"check": 3}', "check"),
+        (b'{"names": ["A", "A"]}', "names"),
+        (b'{"names": ["A"]}', "workers"),  # of two
+        (b'{"prefix": "\\ud800"}', "prefix"),  # half a character
+        (b'{"col\\nour": "red"}', "col"),
+    ],
+)
+def test_a_broken_prompts_file_gives_one_line(command, tmp_path, content, culprit):
+    path = tmp_path / "words.json"
+    path.write_bytes(content)
+    code, out, err = command("hi", "--prompts", path, "--max-steps", 2)
+    assert (code, out) == (2, "")
+    assert_one_line(err, culprit)
+
+
+def test_a_json_file_that_cannot_be_written_is_told_before_the_run(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load", None)  # not even loaded
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path, tmp_path / "none" / "result.json", tmp_path / "file" / "result.json"):
+        code, out, err = command("hi", "--json", path)
+        assert (code, out) == (2, "")
+        assert_one_line(err, "--json", str(path))
+    assert (tmp_path / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- what ends a run early
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_prints_what_there_is(command, script, fail_at_step, tmp_path, workers):
+    path = tmp_path / "result.json"
+    script(*[["abcdefghijkl"]] * workers)
+    prefill = 1 if workers == 1 else 2
+    fail_at_step(prefill + 6, KeyboardInterrupt())
+    code, out, err = command("How?", "--workers", workers, "--json", path)
+    assert code == 130
+    written = "abcdef" if workers == 1 else "abcde"  # several begin with a prefix
+    if workers == 1:
+        assert out == written + "\n"
+    else:
+        assert out.splitlines() == [f"Alice: {written}", f"Bob: {written}"]
+    assert "5 forward steps" in err
+    assert "Traceback" not in err
+    result = json.loads(path.read_text("utf-8"))
+    assert result["forward_steps"] == 5
+    assert result["stopped_by"] not in ("answer", "retired", "steps", "context")
+    assert [worker["paragraphs"] for worker in result["workers"]] == [[written]] * workers
+
+
+def test_an_interrupt_before_the_first_step(command, fail_at_step, monkeypatch):
+    fail_at_step(1, KeyboardInterrupt())
+    code, out, err = command("How?")
+    assert (code, out.strip()) == (130, "")
+    assert "Traceback" not in err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load", interrupted)
+    assert command("How?")[:2] == (130, "")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 79 GiB."
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried 12 bytes."
+        ),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_gives_one_line(command, script, fail_at_step, error, step, workers):
+    script(*[["abcdefghijkl"]] * workers)
+    fail_at_step(step, error)
+    code, _, err = command("How?", "--workers", workers)
+    assert code == 2
+    assert_one_line(err, "out of memory")
+    assert re.search(r"[\d.]+ ?[kMG]?B\b", err)  # how much, and for what
+    assert "step" in err
+
+
+def test_other_errors_are_not_hidden(folder, fail_at_step):
+    fail_at_step(3, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["How?", "--model", str(folder), "--device", "cpu"])
+
+
+def test_output_that_cannot_show_every_character_is_no_failure(folder, script, monkeypatch, capsys):
+    script(["日 é \ufffd a.", END], ["ü b", END])
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["How?", "--model", str(folder), "--device", "cpu"]) == 0
+    assert b" a." in shown.buffer.getvalue()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e30])
+def test_extreme_temperatures_are_no_failure(command, temperature):
+    code, _, err = command("How?", "--temperature", temperature, "--max-steps", 5)
+    assert code == 0
+    assert "Traceback" not in err
+
+
+# ---- as a process
+
+
+MODULE = [sys.executable, "-m", "minihogwild.generate"]
+
+
+def script_path() -> str:
+    path = shutil.which("minihogwild", path=sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])
+    assert path, "the command minihogwild is not installed"
+    return path
+
+
+def process(command: list, stdin: bytes = b"") -> tuple[int, str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=300)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_the_module_and_the_command_say_the_same(folder, tmp_path):
+    path = tmp_path / "result.json"
+    options = ["--model", folder, "--device", "cpu", "--temperature", "1", "--max-steps", "20", "--seed", "3"]
+    code, out, err = process([*MODULE, *options], stdin="2 + 日?".encode())
+    assert code == 0
+    assert "20 forward steps" in err
+    assert "Warning" not in err
+    assert len(out) > 10
+    assert process([script_path(), "2 + 日?", *options, "--json", path])[:2] == (0, out)
+    assert json.loads(path.read_text("utf-8"))["forward_steps"] == 20
+
+
+def test_bad_input_to_a_process_gives_one_line(folder):
+    code, out, err = process([script_path(), b"h\xffi", "--model", folder])
+    assert (code, out) == (2, "")
+    assert_one_line(err, "UTF-8")
+
+
+def test_a_reader_that_goes_away_is_no_failure_of_ours(folder):
+    options = ["--model", folder, "--device", "cpu", "--workers", "1", "--max-steps", "3000", "--temperature", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*MODULE, "hi", *options], stdout=pipe, stderr=pipe, env=environment) as running:
+        assert running.stdout.read(1)
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(300) != 0

