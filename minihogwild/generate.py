@@ -321,6 +321,8 @@ class Printer:
             self.flush([name])
         elif event["do"] == "finisher":
             self.flush(list(self.unfinished))
+            if len(self.unfinished) == 1:
+                print()
             self.say(f"finisher of {name}" if name else "finisher", text.split("\n"))
 
     def flush(self, names: list[str]) -> None:
@@ -432,7 +434,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command `minihogwild`. Exit code 2, with one line on standard error, for what can't be done."""
     logging.basicConfig(format="minihogwild: %(message)s")
     options = arguments().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
     try:
         return command(options)
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell

@@ -50,10 +50,11 @@ The problem:
             wanted = {"names": tuple, "boxed": bool}.get(name, str)
             if not isinstance(value, wanted):
                 raise InputError(f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
-            if wanted is str and value != value.encode("utf-8", "ignore").decode():
-                raise InputError(f"prompts: {name} is not valid Unicode")
         if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
             raise InputError(f"prompts: names must be strings that differ, not {list(self.names)}")
+        for name, value in vars(self).items():
+            if re.search("[\ud800-\udfff]", "".join(value) if name != "boxed" else ""):
+                raise InputError(f"prompts: {name} is not valid Unicode")
 
 
 def load_prompts(path: Path) -> Prompts:
@@ -73,7 +74,7 @@ def fill(template: str, **values: object) -> str:
 
 # Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
 TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
-FENCE = r"^[^\S\n]*(([`~])\2{2,})[^`\n]*$"  # the line that opens a code block
+FENCE = r"^[^\S\n]*(([`~])\2{2,})(?!\2)[^`\n]*$"  # the line that opens a code block
 FENCED = re.compile(FENCE + r"\n(?:.*?\n)??[^\S\n]*\1\2*[^\S\n]*$", re.MULTILINE | re.DOTALL)
 
 

@@ -52,6 +52,7 @@ class Tokenizer:
         self.tokenizer.encode_special_tokens = True
         self.mark = secrets.token_hex(16)  # stands in no text; see `chat`
         self.tokenizer.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
+        self.hidden.add(self.tokenizer.token_to_id(self.mark))  # models whose vocabulary is padded may sample it
         self.special, self.template = chat_settings(folder)
 
     def encode(self, text: str) -> list[int]:

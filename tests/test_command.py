@@ -18,18 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import END, ids_of, one_thread, save_model
+from tiny import END, ids_of, save_model
 
 from minihogwild import Model, generate, load
 from minihogwild.generate import main
 
 SAYS = {"together": "{names}: {problem}\n", "header_others": "[o]", "header_own": "[m]", "cue": " \\boxed{"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +141,13 @@ def test_the_answer_comes_last(command, script):
     assert "stopped by answer" in err
 
 
-def test_the_finisher_is_shown(command, script):
-    script([], [])
-    code, out, err = command("Put it in \\boxed{}.", "--max-steps", 3)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_finisher_is_shown_on_lines_of_its_own(command, script, workers):
+    script(*[[], []][:workers])
+    code, out, err = command("Put it in \\boxed{}.", "--workers", workers, "--max-steps", 3)
     assert code == 0
+    written = [line for line in out.splitlines() if "xxx" in line]
+    assert [line.removeprefix("Alice: ").removeprefix("Bob: ").strip("x") for line in written] == [""] * workers
     assert "finisher" in out
     assert re.search(r"\b3 forward steps", err)
     assert "finisher" in err
@@ -213,7 +210,7 @@ def test_options_arrive(command, tmp_path):
 def test_the_models_sampling_holds_where_no_option_says_otherwise(command, tmp_path):
     folder = save_model(tmp_path)
     given = {"do_sample": True, "temperature": 0.25, "top_k": 9, "top_p": 0.5}
-    (folder / "generation_config.json").write_text(json.dumps({**given, "eos_token_id": [257, 3]}))
+    (folder / "generation_config.json").write_text(json.dumps(given))
     path = tmp_path / "result.json"
     assert command("How?", "--model", folder, "--max-steps", 1, "--top-k", 4, "--json", path)[0] == 0
     assert json.loads(path.read_text())["sampling"] == {"temperature": 0.25, "top_k": 4, "top_p": 0.5, "min_p": 0.0}
@@ -414,6 +411,7 @@ def test_bytes_that_are_no_text_on_standard_input_give_one_line(command):
         (b'{"names": ["A", "A"]}', "names"),
         (b'{"names": ["A"]}', "workers"),  # of two
         (b'{"prefix": "\\ud800"}', "prefix"),  # half a character
+        (b'{"names": ["\\ud800", "B"]}', "names"),
         (b'{"col\\nour": "red"}', "col"),
     ],
 )
@@ -553,6 +551,15 @@ def test_bad_input_to_a_process_gives_one_line(folder):
     code, out, err = process([script_path(), b"h\xffi", "--model", folder])
     assert (code, out) == (2, "")
     assert_one_line(err, "UTF-8")
+
+
+def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):
+    path = tmp_path / "result.json"
+    options = f"--model {folder} --device cpu --max-steps 2 --json {path}"
+    code, _, err = process(["bash", "-c", f"{script_path()} hi {options} >&- <&-"])
+    assert "Traceback" not in err
+    assert code == 0
+    assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
 
 
 def test_a_reader_that_goes_away_is_no_failure_of_ours(folder):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import END, ids_of, load_model, one_thread
+from tiny import END, ids_of, load_model
 from torch import Tensor
 
 from minihogwild import InputError, Model, Sampling, generate
@@ -35,12 +35,6 @@ ASKING = replace(WORDS, together="{names} ({n}) box \\boxed{} for: {problem}\n")
 PROBLEM = "What is 2 + 3?"
 LAYOUTS_THAT_SHARE = ("combined", "contiguous", "interleaved")
 EVERY_LAYOUT = (*LAYOUTS_THAT_SHARE, "independent")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -662,6 +656,14 @@ def test_of_two_answers_in_one_step_the_lowest_workers_counts(model, layout):
     assert record(model, 3, layout, [scripts[0], *scripts[:0:-1]]).run.answer == "3"
 
 
+def test_a_box_that_is_completed_inside_a_token(model):
+    script = ids_of(model, "\\boxed{1}. So")
+    assert [model.tokenizer.decode([i]) for i in script[7:10]] == ["1", "}.", " "]
+    seen = record(model, 2, "combined", [ids_of(model, "a"), script])
+    assert seen.run.answer == "1"
+    assert seen.run.summary()["workers"][1]["paragraphs"] == ["\\boxed{1}."]
+
+
 def test_an_empty_box_is_no_answer(model):
     seen = record(model, 2, "combined", [ids_of(model, "\\boxed{} \\boxed{ } \\boxed{x}"), ids_of(model, "b")])
     assert seen.run.answer == "x"
@@ -783,7 +785,8 @@ def test_no_length_of_prompt_breaks_the_context(tmp_path, layout, asking):
             refused[length] = str(error)
     assert {length: view for length, view in longest.items() if view > context} == {}
     assert refused
-    assert min(refused) > max(longest) > 50
+    room = len(words.cue) + 64 if asking else 0
+    assert min(refused) > max(longest) > context - room - 30  # headers and prefixes must fit too
     assert all(str(length) in error and str(context) in error for length, error in refused.items())
 
 

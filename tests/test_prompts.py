@@ -4,7 +4,7 @@ import json
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minihogwild import InputError
@@ -168,6 +168,8 @@ def test_closed_fences_close(text):
         "~~~\nx.",
         "````\n```\nx.\n```",
         "```\n~~~\nx.\n~~~",
+        "~~~~\n~~~\nx.\n~~~",
+        "~~~~~\nx.\n~~~~",
         "~~~\nx.\n```",
         "```\nx\n```\nand\n```\ny.",  # the second is open
         "```\n```python\nx.",  # a closing fence has nothing after it
@@ -261,6 +263,50 @@ def test_text_without_a_blank_line_at_its_end_is_never_closed(text):
 @given(parts=st.lists(closed_parts(), max_size=3), inside=words, opening=st.sampled_from(["```", "~~~", "$$"]))
 def test_nothing_that_is_open_closes(parts, inside, opening):
     assert not paragraph_closed("\n".join([*parts, opening, inside]) + "\n\n")
+
+
+def closed_slowly(text: str) -> bool:
+    """`paragraph_closed` line by line, as CommonMark reads fences."""
+    if text[len(text.rstrip()) :].count("\n") < 2:
+        return False
+    open_fence, prose = "", []
+    for line in text.rstrip().split("\n"):
+        words = line.strip()
+        marks = words[: len(words) - len(words.lstrip(words[:1]))] if words[:1] in ("`", "~") else ""
+        after = words[len(marks) :]
+        if open_fence:
+            if marks.startswith(open_fence) and not after:
+                open_fence = ""
+                prose.append(".")
+        elif len(marks) >= 3 and "`" not in after:
+            open_fence = marks
+        else:
+            prose.append(line)
+    *pairs, last = "\n".join(prose).split("$$")  # text, formula, text, formula, ..., text
+    if open_fence or len(pairs) % 2:
+        return False
+    if pairs:
+        last = "." + last
+    last = last.rstrip()
+    while last and last[-1] in "\"'*_~`) ":
+        last = last[:-1]
+    return last != "" and last[-1] in ".?。"
+
+
+sentences = ["x.", "y", "z?)**", "。", "", "", "$$x$$", "so $$x$$.", "``", "~~"]
+fences = ["```", "```", "````", "~~~", "~~~~", "```py", "~~~py", "  ``` ", "``` x", "```x``` y."]
+formulas = ["$$", "$$", "a $$ b", "$$ c."]
+# A fence inside an open formula could be read either way
+some_lines = st.sampled_from([fences, formulas]).flatmap(
+    lambda marks: st.lists(st.sampled_from([*sentences, *marks]), max_size=12)
+)
+
+
+@settings(max_examples=1000)
+@given(lines=some_lines, blank=st.sampled_from(["", "\n", "\n\n", "\n\n", "\n \n"]))
+def test_fences_and_formulas_line_by_line(lines, blank):
+    text = "\n".join(lines) + blank
+    assert paragraph_closed(text) == closed_slowly(text)
 
 
 # ---- boxed answers

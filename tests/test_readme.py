@@ -8,10 +8,10 @@ import pytest
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_loop_in_the_readme_runs(smollm2, capsys):
+def test_the_loop_in_the_readme_runs(smollm2_folder, capsys):
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert 'load("HuggingFaceTB/SmolLM2-135M-Instruct")' in code
-    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2)), {})
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2_folder)), {})
     assert capsys.readouterr().out.count(" | ") >= 30
 
 

@@ -7,16 +7,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import one_thread
 from torch import Tensor
 
 from minihogwild import InputError, Sampling, sample
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def streams(count: int, seed: int = 0) -> list[torch.Generator]:

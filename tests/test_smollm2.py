@@ -1,18 +1,19 @@
 """A real chat model through the whole of the package: SmolLM2-135M-Instruct, with its own tokenizer and template."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import smollm2
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from minihogwild import Cache, Model, Sampling, forward, generate, load
 from minihogwild.generate import Run
@@ -38,59 +39,38 @@ BREAD = "How do I bake bread at home? Explain step by step."
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    try:
-        return smollm2.folder()
-    except smollm2.Unavailable as error:
-        pytest.skip(f"no SmolLM2 to test with: {error}")
+def float32(smollm2_folder) -> Model:
+    return load(smollm2_folder, "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
-def float32(folder) -> Model:
-    return load(folder, "float32", "cpu")
+def bfloat16(smollm2_folder) -> Model:
+    return load(smollm2_folder, device="cpu")  # as the checkpoint says
 
 
 @pytest.fixture(scope="module")
-def bfloat16(folder) -> Model:
-    return load(folder, device="cpu")  # as the checkpoint says
-
-
-@pytest.fixture(scope="module")
-def their_tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def their_logits(folder, float32) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(text_ids(float32)[None]).logits[0]  # [64, V]
-
-
-def text_ids(model: Model) -> Tensor:
-    ids = torch.tensor(model.tokenizer.encode(TEXT))[:64]
-    assert len(ids) == 64
-    return ids
+def their_tokenizer(smollm2_folder):
+    return AutoTokenizer.from_pretrained(smollm2_folder)
 
 
 # ---- the tool
 
 
-def test_folder_is_in_the_hubs_format(folder, bfloat16):
+def test_folder_is_in_the_hubs_format(smollm2_folder, bfloat16):
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    assert {*names, "generation_config.json"} <= {path.name for path in folder.iterdir()}
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    assert {*names, "generation_config.json"} <= {path.name for path in smollm2_folder.iterdir()}
+    assert "quantization_config" not in json.loads((smollm2_folder / "config.json").read_text())
+    assert json.loads((smollm2_folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    with safe_open(smollm2_folder / "model.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118 (not a dict)
     assert bfloat16.dtype == torch.bfloat16
     assert bfloat16.eos == {2}
     assert bfloat16.sampling == Sampling()
 
 
-def test_folder_is_made_once(folder, monkeypatch):
+def test_folder_is_made_once(smollm2_folder, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)  # a download would fail
-    assert smollm2.folder() == folder
+    assert smollm2.folder() == smollm2_folder
 
 
 def test_no_package_index_is_said(tmp_path, monkeypatch):
@@ -108,15 +88,19 @@ def test_no_package_index_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 1, 4, 1, 5, 2]], ids=["single tokens", "ragged chunks"])
-def test_logits_are_those_of_transformers(float32, their_logits, sizes):
-    ids, cache, start = text_ids(float32), Cache(float32.config, ["text"], torch.float32), 0
-    assert their_logits.std() > 1  # against which 1e-4 is little
-    while start < len(ids):
-        chunk = ids[start : start + sizes[start % len(sizes)]]
-        plan = cache.extend([["text"]], [len(chunk)])
-        logits = forward(chunk, float32.weights, float32.config, cache, plan)[0]
-        start += len(chunk)
-        torch.testing.assert_close(logits, their_logits[start - 1], rtol=0, atol=1e-4)
+def test_logits_are_those_of_transformers(smollm2_folder, float32, sizes):
+    """Both are fed the same chunks: fed all at once, transformers is itself off by 1.1e-4 (float64 tells)."""
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval().requires_grad_(False)
+    ids = torch.tensor(float32.tokenizer.encode(TEXT)[:64])
+    ends = [end for end in itertools.accumulate(itertools.islice(itertools.cycle(sizes), 64)) if end <= 64]
+    cache, past = Cache(float32.config, ["text"], torch.float32), DynamicCache(config=theirs.config)
+    for start, end in zip([0, *ends], ends):
+        plan = cache.extend([["text"]], [end - start])
+        logits = forward(ids[start:end], float32.weights, float32.config, cache, plan)[0]
+        expected = theirs(ids[None, start:end], past_key_values=past).logits[0, -1]
+        assert expected.std() > 1  # beside which 1e-4 is little
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert cache.lengths["text"] == 64
 
 
 @pytest.mark.parametrize(
@@ -143,9 +127,9 @@ def test_chat_ids_are_those_of_transformers(float32, their_tokenizer, prompt):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_one_worker_answers(folder, dtype, tmp_path):
+def test_one_worker_answers(smollm2_folder, dtype, tmp_path):
     question = "What is the capital of France? Answer in one sentence."
-    command = [sys.executable, "-m", "minihogwild.generate", question, "--model", str(folder), "--workers", "1"]
+    command = [sys.executable, "-m", "minihogwild.generate", question, "--model", str(smollm2_folder), "--workers", "1"]
     command += ["--temperature", "0", "--device", "cpu", "--dtype", dtype, "--json", str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
@@ -162,19 +146,15 @@ def test_one_worker_answers(folder, dtype, tmp_path):
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_200_steps(bfloat16, layout, workers):
-    steps = 200
-    run = Run(bfloat16, BREAD, workers, layout, steps, Sampling(temperature=0.8, top_p=0.95), seed=1)
+    model = replace(bfloat16, eos=frozenset())  # nobody retires: 200 steps it is, on any machine
+    run = Run(model, BREAD, workers, layout, 200, Sampling(temperature=0.8, top_p=0.95), seed=1)
     events = list(run)
     result = run.summary()
-
-    assert len(result["workers"]) == workers
-    if result["forward_steps"] < steps:  # only for a reason
-        assert result["stopped_by"] in ("retired", "answer")
-        ended = [w["token_ids"][-1] in bfloat16.eos or w["answer"] is not None for w in result["workers"]]
-        assert all(ended) or (result["stopped_by"] == "answer" and result["answer"])
+    if result["stopped_by"] == "answer":  # what else can come first
+        assert result["answer"]
     else:
-        assert (result["forward_steps"], result["stopped_by"]) == (steps, "steps")
-    assert result["forward_steps"] >= 50  # these seeds and words keep the workers busy
+        assert (result["stopped_by"], result["forward_steps"]) == ("steps", 200)
+        assert 0 < result["finisher_steps"] <= 64 or layout == "independent"  # where nobody asks for \boxed
 
     fed = {block: [] for block in run.cache.lengths}
     for event in events:
@@ -182,13 +162,14 @@ def test_200_steps(bfloat16, layout, workers):
             for view, tokens in zip(event["views"], event["tokens"]):
                 fed[view[-1]] += tokens
     assert sum(run.cache.lengths.values()) == sum(map(len, fed.values()))  # moves lose and double nothing
-    for worker in result["workers"]:
-        ids = worker["token_ids"]
-        assert worker["text"].strip()
-        assert worker["tokens"] >= 20
-        assert all(0 <= token < bfloat16.config.vocab_size for token in ids)
-        assert fed[worker["name"]] == ids[: len(fed[worker["name"]])]
-        assert len(ids) - len(fed[worker["name"]]) <= 30  # what was queued last: a token, or a prefix
+    for worker, shown in zip(run.workers, result["workers"]):
+        ids, own = shown["token_ids"], fed[worker.name]
+        assert ids in (own, own + worker.pending)  # all that it wrote went into its block, but perhaps the last
+        assert all(0 <= token < model.config.vocab_size for token in ids)
+        assert shown["tokens"] > 100 or result["stopped_by"] == "answer"  # the others are prefixes
+        assert all(text.strip() for text in shown["paragraphs"][:-1])
+        assert shown["text"].strip()
+    assert len(result["workers"]) == workers
 
 
 def test_oracle_makes_the_same_choices(float32, monkeypatch):
@@ -201,7 +182,7 @@ def test_oracle_makes_the_same_choices(float32, monkeypatch):
 
     clear = unclear = 0
     for event, ours, theirs in zip(steps_of(events), logits, replay(events, run, float32)):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-3)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-4)
         best, second = theirs.topk(2).values.unbind(-1)
         for sampled, choice, margin in zip(event["sampled"], theirs.argmax(-1), best - second):
             if sampled is not None and margin > 1e-3:

@@ -108,15 +108,6 @@ class ExactAngles(nn.Module):
         return (angles.cos() * m).to(x.dtype), (angles.sin() * m).to(x.dtype)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models so small are no faster with several, and far slower where the threads have no core to themselves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
     theirs = random_model(CASES[request.param], seed=list(CASES).index(request.param))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +16,10 @@ END = "<|end|>"  # end-of-sequence, as text
 
 
 def save_tokenizer(folder: Path) -> int:
-    """One token for each byte, one for a whole blank line, and end-of-sequence; returns the size of the vocabulary."""
-    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]  # Ċ is how such tokenizers spell a newline
-    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, [("Ċ", "Ċ")]))
+    """Tokens for each byte, for a blank line, `}.` and end-of-sequence; returns the size of the vocabulary."""
+    merges = [("Ċ", "Ċ"), ("}", ".")]  # Ċ is how such tokenizers spell a newline
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END, special=True)])
@@ -66,12 +65,3 @@ def load_model(folder: Path, **options) -> Model:
 def ids_of(model: Model, *pieces: str) -> list[int]:
     """Token ids of pieces of text, each encoded on its own; END is end-of-sequence."""
     return [i for piece in pieces for i in (sorted(model.eos) if piece == END else model.tokenizer.encode(piece))]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So small a model is no work for two threads: they would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
