@@ -45,8 +45,7 @@ def main() -> None:
         our_ms, their_ms = (1e3 * median(column) for column in zip(*pairs))
         ratio = median(our / their for our, their in pairs)
         print(f"{workers:7} {our_ms:10.1f} ms {their_ms:11.1f} ms {ratio:7.2f}", flush=True)
-        row = {"workers": workers, "ms": our_ms, "transformers_ms": their_ms, "ratio": ratio}
-        results.append({key: round(value, 3) for key, value in row.items()})
+        results.append({"workers": workers, "ms": our_ms, "transformers_ms": their_ms, "ratio": ratio})
     settings = {"model": Path(folder).name, "dtype": options.dtype, "prompt": PROMPT, "steps": options.steps}
     print(json.dumps({**settings, **machine, "floor_ms": round(floor, 3), "results": results}))
 
@@ -69,16 +68,14 @@ def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, 
     pairs = []
     for n in range(steps):
         tokens = torch.randint(ours.config.vocab_size, (workers,))
-        order = sorted(step, reverse=n % 2 == 0)
-        seconds = {who: timeit.timeit(step[who], number=1) for who in order}
+        seconds = {who: timeit.timeit(step[who], number=1) for who in sorted(step, reverse=n % 2 == 0)}
         pairs.append((seconds["ours"], seconds["theirs"]))
     return pairs
 
 
 def copy_speed() -> float:
     """Bytes per second, read and written."""
-    source = torch.ones(2**26)
-    target = source.clone()
+    source, target = torch.ones(2, 2**26)
     return 2 * source.nbytes / min(timeit.repeat(lambda: target.copy_(source), number=1, repeat=10))
 
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import smollm2
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from minihogwild import Cache, Model, Sampling, forward, generate, load
 from minihogwild.generate import Run
@@ -66,6 +67,7 @@ def test_folder_is_in_the_hubs_format(smollm2_folder, bfloat16):
     assert bfloat16.dtype == torch.bfloat16
     assert bfloat16.eos == {2}
     assert bfloat16.sampling == Sampling()
+    assert len(bfloat16.tokenizer.encode("  1234")) == 5  # two spaces are one token, each digit another
 
 
 def test_folder_is_made_once(smollm2_folder, monkeypatch):
@@ -87,20 +89,38 @@ def test_no_package_index_is_said(tmp_path, monkeypatch):
 # ---- against transformers
 
 
+def fed_to_both(model: Model, theirs: PreTrainedModel, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Our and their logits after each chunk of TEXT's first 64 tokens. [chunks, V] each."""
+    ids = torch.tensor(model.tokenizer.encode(TEXT)[:64])
+    ends = [end for end in itertools.accumulate(itertools.islice(itertools.cycle(sizes), 64)) if end <= 64]
+    assert ends[-1] == 64
+    cache, past = Cache(model.config, ["text"], model.dtype), DynamicCache(config=theirs.config)
+    rows = []
+    for start, end in zip([0, *ends], ends):
+        plan = cache.extend([["text"]], [end - start])
+        logits = forward(ids[start:end], model.weights, model.config, cache, plan)[0]
+        rows.append((logits, theirs(ids[None, start:end], past_key_values=past).logits[0, -1]))
+    return tuple(map(torch.stack, zip(*rows)))
+
+
+def their_model(folder: Path, dtype: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("sizes", [[1], [3, 1, 4, 1, 5, 2]], ids=["single tokens", "ragged chunks"])
 def test_logits_are_those_of_transformers(smollm2_folder, float32, sizes):
     """Both are fed the same chunks: fed all at once, transformers is itself off by 1.1e-4 (float64 tells)."""
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval().requires_grad_(False)
-    ids = torch.tensor(float32.tokenizer.encode(TEXT)[:64])
-    ends = [end for end in itertools.accumulate(itertools.islice(itertools.cycle(sizes), 64)) if end <= 64]
-    cache, past = Cache(float32.config, ["text"], torch.float32), DynamicCache(config=theirs.config)
-    for start, end in zip([0, *ends], ends):
-        plan = cache.extend([["text"]], [end - start])
-        logits = forward(ids[start:end], float32.weights, float32.config, cache, plan)[0]
-        expected = theirs(ids[None, start:end], past_key_values=past).logits[0, -1]
-        assert expected.std() > 1  # beside which 1e-4 is little
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    assert cache.lengths["text"] == 64
+    ours, theirs = fed_to_both(float32, their_model(smollm2_folder, "float32"), sizes)
+    assert theirs.std(-1).min() > 1  # beside which 1e-4 is little
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(smollm2_folder, float32, bfloat16):
+    theirs = their_model(smollm2_folder, "bfloat16")
+    our_logits, their_logits = fed_to_both(bfloat16, theirs, [1])
+    truth, _ = fed_to_both(float32, theirs.float(), [1])
+    our_error, their_error = ((logits.float() - truth).square().mean().sqrt() for logits in (our_logits, their_logits))
+    assert our_error <= 1.5 * their_error
 
 
 @pytest.mark.parametrize(
