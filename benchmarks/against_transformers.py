@@ -45,9 +45,9 @@ def main() -> None:
         our_ms, their_ms = (1e3 * median(column) for column in zip(*pairs))
         ratio = median(our / their for our, their in pairs)
         print(f"{workers:7} {our_ms:10.1f} ms {their_ms:11.1f} ms {ratio:7.2f}", flush=True)
-        results.append({"workers": workers, "ms": our_ms, "transformers_ms": their_ms, "ratio": ratio})
-    settings = {"model": Path(folder).name, "dtype": options.dtype, "prompt": PROMPT, "steps": options.steps}
-    print(json.dumps({**settings, **machine, "floor_ms": round(floor, 3), "results": results}))
+        rounded = [round(number, 3) for number in (workers, our_ms, their_ms, ratio)]
+        results.append(dict(zip(("workers", "ms", "transformers_ms", "ratio"), rounded)))
+    print(json.dumps({**vars(options), "model": Path(folder).name, "prompt": PROMPT, **machine, "results": results}))
 
 
 @torch.inference_mode()

@@ -123,7 +123,7 @@ class Cache:
         """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
         k = rotate(k.to(self.compute_dtype), *plan.key_rotation)
         self.keys[layer][plan.page, :, plan.place] = k.to(self.dtype)
-        self.values[layer].index_copy_(1, plan.slot, v.transpose(0, 1))
+        self.values[layer].index_copy_(1, plan.slot, v.transpose(0, 1).to(self.dtype))
 
     def attend(self, layer: int, q: Tensor, plan: Plan) -> Tensor:
         """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
@@ -134,11 +134,14 @@ class Cache:
         P, K = len(plan.page_column), self.config.num_key_value_heads
         keys = self.keys[layer][:P].to(self.compute_dtype).view(P * K, PAGE, D)
         values = self.values[layer][:, : P * PAGE].to(self.compute_dtype)  # [K, P PAGE, D]
-        rotated = rotate(q.to(self.compute_dtype)[:, None], *plan.query_rotation)  # [T, B, H, D]
-        per_page = rotated.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
-        scores = torch.bmm(per_page.reshape(P * K, -1, D), keys.mT)  # [P K, T G, PAGE]
+        queries = rotate(q.to(self.compute_dtype)[:, None], *plan.query_rotation)  # [T, B, H, D]
+        # Each page's own query: the one that is rotated for the page's block
+        queries = queries.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
+        scores = torch.bmm(queries.reshape(P * K, -1, D), keys.mT)  # [P K, T G, PAGE]
+        del queries  # the largest of all where many tokens are prefilled
         scores = scores.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-        weights = torch.add(plan.mask, scores, alpha=self.scale).flatten(3).softmax(-1)  # [K, T, G, P PAGE]
+        scores = torch.add(plan.mask, scores, alpha=self.scale)
+        weights = scores.flatten(3).softmax(-1)  # [K, T, G, P PAGE]: over all blocks together
         mixed = torch.bmm(weights.flatten(1, 2), values)  # [K, T G, D]
         return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
 
@@ -200,7 +203,7 @@ class Cache:
         """Enlarge the pool by `missing` pages. It at least doubles, so a token is copied about once."""
         old, K, _, D = self.keys[0].shape
         new = max(old, missing)
-        nbytes = 2 * len(self.keys) * (old + new) * PAGE * K * D * self.dtype.itemsize
+        nbytes = 2 * (len(self.keys) * new + old) * PAGE * K * D * self.dtype.itemsize  # old layers go one by one
         with allocating(nbytes, f"a cache of {(old + new) * PAGE} tokens", self.device):
             for layer, (keys, values) in enumerate(zip(self.keys, self.values)):
                 # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.

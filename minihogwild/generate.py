@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cache import Cache
+from .cache import PAGE, Cache
 from .config import InputError
 from .layouts import COMMON, FINISHER, LAYOUTS, OTHERS, OWN, SEPARATOR
 from .load import DTYPES, Model, load
@@ -27,7 +27,7 @@ from .sampling import Sampling, sample
 from .text import Stream
 
 PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most,
-PREFILL_SCORES = 2**26  # and the attention scores of one layer: what bounds the memory of a long prompt
+PREFILL_SCORES = 2**25  # and the attention scores of one layer: what bounds the memory of a long prompt
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
 FINISHER_TOKENS = 64
 
@@ -46,7 +46,7 @@ class Worker:
     paragraphs: list[str] = field(default_factory=list)  # sampled text of each, the last one still growing
     stream: Stream | None = None
     active: bool = True
-    begins: bool = True  # what it feeds next is a prefix
+    begins: bool = True  # `pending` is a prefix
     answer: str | None = None
 
 
@@ -77,8 +77,9 @@ class Run:
     ):
         own_prompts = model.folder / "prompts.json"
         self.words = words = prompts or (load_prompts(own_prompts) if own_prompts.exists() else Prompts())
-        if not 1 <= workers <= len(words.names):
-            raise InputError(f"workers is {workers}: it must be from 1 to {len(words.names)}")
+        most = min(len(words.names), 16)
+        if not 1 <= workers <= most:
+            raise InputError(f"workers is {workers}: it must be from 1 to {most}")
         self.layout_name = layout or ("combined" if workers > 1 else "independent")
         if self.layout_name not in LAYOUTS:
             raise InputError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
@@ -116,16 +117,23 @@ class Run:
         self.workers = [Worker(name, random) for name, random in zip(names, randoms)]
         self.forward_steps = self.finisher_steps = self.since_check = 0
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
-        self.answer: str | None = None
+        self.finishers_answer: str | None = None
         self.stopped_by: str | None = None
 
+    @property
+    def answer(self) -> str | None:
+        """The first found, of the lowest worker; where they are independent, the majority's."""
+        found = [answer for answer in (*(w.answer for w in self.workers), self.finishers_answer) if answer is not None]
+        most_common = found[:1] if self.shared else [answer for answer, _ in Counter(found).most_common(1)]
+        return most_common[0] if found else None
+
     def __iter__(self) -> Iterator[Event]:
+        if any(self.cache.lengths.values()):
+            raise RuntimeError("a Run runs once: make another")
         yield from self._prefill()
         while not self._stops():
             yield from self._step()
         yield from self._finish()
-        if not self.shared and (answers := [worker.answer for worker in self.workers if worker.answer is not None]):
-            self.answer = Counter(answers).most_common(1)[0][0]  # a tie goes to the lowest worker
 
     def _prefill(self) -> Iterator[Event]:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
@@ -186,8 +194,9 @@ class Run:
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
         config = self.model.config
-        scores = plan.mask.numel() * config.num_attention_heads * 4  # bytes; they and their softmax are the most of it
-        with allocating(2 * scores, f"a step of {len(flat)} tokens", self.model.device):
+        scores = plan.mask.numel() * config.num_attention_heads * plan.mask.itemsize  # bytes; with their softmax and
+        nbytes = int(scores * (2 + config.head_dim / PAGE))  # the rotated queries they are the most of a step
+        with allocating(nbytes, f"a step of {len(flat)} tokens", self.model.device):
             return forward(flat, self.model.weights, config, self.cache, plan)
 
     def _begin(self, worker: Worker) -> Event:
@@ -214,10 +223,7 @@ class Run:
         worker.paragraphs[-1] += text
         if self.words.boxed and "}" in text and (answer := boxed("".join(worker.paragraphs))):
             worker.answer = answer
-            if self.shared:
-                self.answer = self.answer or answer
-            else:
-                worker.active = False  # alone, it would have stopped here
+            worker.active = self.shared  # alone, it would have stopped here
         return [{"do": "text", "worker": worker.name, "text": text}] if text else []
 
     def _move(self, worker: Worker) -> Event:
@@ -255,7 +261,7 @@ class Run:
         What was sampled last and has not been fed goes in together with the cue.
         """
         lacking: list[str | None] = [None] if self.shared else [w.name for w in self.workers if w.answer is None]
-        if self.answer is not None or not self.asks_for_answer:
+        if not self.asks_for_answer or (self.shared and self.answer is not None):
             return
         late = [worker for worker in self.workers if worker.active and not worker.begins]
         views = [self.views[worker.name] for worker in late] + [self.finishers[who] for who in lacking]
@@ -275,8 +281,10 @@ class Run:
 
     def _finished(self, who: str | None, written: list[int]) -> bool:
         answer = boxed(self.words.cue + self.model.tokenizer.decode(written))
-        for one in [self] if who is None else [worker for worker in self.workers if worker.name == who]:
-            one.answer = answer
+        if who is None:
+            self.finishers_answer = answer
+        else:
+            next(worker for worker in self.workers if worker.name == who).answer = answer
         return answer is not None or written[-1] in self.model.eos or len(written) >= FINISHER_TOKENS
 
     def summary(self) -> dict:
@@ -348,7 +356,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the problem; without it, or as -, it is read from standard input")
     add("--model", required=True, help="a model folder, or the name of a hub repository")
-    add("--workers", type=int, default=2, metavar="N", help="1 to 16 (default: 2)")
+    add("--workers", type=int, default=2, choices=range(1, 17), metavar="N", help="1 to 16 (default: 2)")
     add("--layout", choices=LAYOUTS, help="what workers see of each other (default: combined; independent for one)")
     add("--max-steps", type=int, default=1024, metavar="N", help="forward passes after the prompt (default: 1024)")
     add("--temperature", type=float, help="0 takes the likeliest token (default: the model's, as the next three)")
@@ -372,6 +380,8 @@ def read_prompt(given: str | None) -> str:
         given.encode()  # an argument may hold stray bytes too
     except UnicodeEncodeError:
         raise InputError("the prompt is not valid UTF-8") from None
+    if not given.strip():
+        raise InputError("the prompt is empty")
     return given
 
 
@@ -382,27 +392,31 @@ def command(options: argparse.Namespace) -> int:
             raise InputError(f"--json {options.json}: cannot be written there")
     prompt = read_prompt(options.prompt)
     prompts = load_prompts(options.prompts) if options.prompts else None
-    model = load(options.model, options.dtype, options.device)
     chosen = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p", "min_p")}
-    sampling = replace(model.sampling, **{key: value for key, value in chosen.items() if value is not None})
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    Sampling(**chosen)  # refuses what is wrong before a model is loaded
+    model = load(options.model, options.dtype, options.device)
+    sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
     printer = Printer([worker.name for worker in run.workers])
-    interrupted = False
+    failure: BaseException | None = None
     try:
         for event in run:
             printer.show(event)
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, InputError, torch.OutOfMemoryError) as error:
+        failure = error  # what has been written until then is kept
     printer.flush(list(printer.unfinished))
     if len(run.workers) == 1 or run.answer is not None:
         print()
     if run.answer is not None:
         print(f"Answer: {run.answer}", flush=True)
+    if failure and not isinstance(failure, KeyboardInterrupt):
+        raise failure
     result = run.summary()
-    print(summary_line(result, interrupted), file=sys.stderr)
+    print(summary_line(result, interrupted=failure is not None), file=sys.stderr)
     if options.json:
         write_json(options.json, result)
-    return 130 if interrupted else 0
+    return 130 if failure else 0
 
 
 def summary_line(result: dict, interrupted: bool) -> str:
@@ -443,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"minihogwild: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -149,6 +149,8 @@ def parse_rope(settings: dict) -> Rope:
     theta = given.pop("rope_theta", settings.get("rope_theta") or 10000.0)
     refuse(kind not in ROPE_KEYS, f"rope type {kind!r} is not supported ({', '.join(ROPE_KEYS)} are)")
     refuse(given.pop("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor is not supported, only 1.0")
+    if LENGTH in settings and kind in ("llama3", "yarn"):
+        given[LENGTH] = settings[LENGTH]  # beside the rope's own keys: transformers prefers it
     missing = [key for key in ROPE_KEYS[kind] if key not in given]
     refuse(missing, f"rope type {kind!r} needs {', '.join(missing)}")
     unknown = sorted(given.keys() - {*ROPE_KEYS[kind], *(YARN_KEYS if kind == "yarn" else [])})

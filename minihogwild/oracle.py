@@ -107,8 +107,8 @@ def frequencies(config: Config) -> list[float]:
         plain = 1 / rope.rope_theta ** (2 * pair / D)
         stretched = {"default": 0.0, "linear": 1.0}.get(rope.rope_type)  # how far toward plain / factor
         if rope.rope_type == "llama3":
-            wavelengths = rope.original_max_position_embeddings / (2 * math.pi / plain)  # in the trained context
-            stretched = (rope.high_freq_factor - wavelengths) / (rope.high_freq_factor - rope.low_freq_factor)
+            turns = rope.original_max_position_embeddings / (2 * math.pi / plain)  # in the trained context
+            stretched = (rope.high_freq_factor - turns) / (rope.high_freq_factor - rope.low_freq_factor)
         elif rope.rope_type == "yarn":
             first, last = yarn_bounds(config)
             stretched = (pair - first) / ((last - first) or 0.001)

@@ -52,6 +52,8 @@ The problem:
                 raise InputError(f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
         if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
             raise InputError(f"prompts: names must be strings that differ, not {list(self.names)}")
+        if not self.prefix.strip() or not self.cue.strip():
+            raise InputError("prompts: prefix and cue must not be empty")
         for name, value in vars(self).items():
             if re.search("[\ud800-\udfff]", "".join(value) if name != "boxed" else ""):
                 raise InputError(f"prompts: {name} is not valid Unicode")
@@ -74,8 +76,9 @@ def fill(template: str, **values: object) -> str:
 
 # Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
 TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
-FENCE = r"^[^\S\n]*(([`~])\2{2,})(?!\2)[^`\n]*$"  # the line that opens a code block
-FENCED = re.compile(FENCE + r"\n(?:.*?\n)??[^\S\n]*\1\2*[^\S\n]*$", re.MULTILINE | re.DOTALL)
+INDENT = r"^(?:[^\w\n`~]|\d+[.)])*"  # also by list items and quotes
+FENCE = INDENT + r"(([`~])\2{2,})(?!\2)[^`\n]*$"  # the line that opens a code block
+FENCED = re.compile(FENCE + r"\n(?:.*?\n)??" + INDENT + r"\1\2*[^\S\n]*$", re.MULTILINE | re.DOTALL)
 
 
 def paragraph_closed(text: str) -> bool:
