@@ -188,6 +188,11 @@ def assert_holds(weights, saved: dict[str, torch.Tensor], config: dict, dtype=No
 # ---- whole folders
 
 
+def test_a_tilde_is_the_home_folder(tiny: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    assert load("~/tiny-model", device="cpu").folder == tiny
+
+
 def test_a_folder_in_one_file(tiny: Path):
     model = load(tiny, device="cpu")
     assert model.config == Config(
