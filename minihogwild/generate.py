@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -312,6 +313,9 @@ class Run:
 # ---- the command
 
 
+CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write any; no terminal should obey
+
+
 class Printer:
     """Prints a run's text as it grows: one worker as it comes, several line by line with the name before it."""
 
@@ -319,7 +323,7 @@ class Printer:
         self.unfinished = dict.fromkeys(names, "")
 
     def show(self, event: Event) -> None:
-        name, text = event.get("worker"), event.get("text", "")
+        name, text = event.get("worker"), CONTROL_CODES.sub("", event.get("text", ""))
         if event["do"] == "text" and len(self.unfinished) == 1:
             print(text, end="", flush=True)
         elif event["do"] == "text":
@@ -409,7 +413,7 @@ def command(options: argparse.Namespace) -> int:
     if len(run.workers) == 1 or run.answer is not None:
         print()
     if run.answer is not None:
-        print(f"Answer: {run.answer}", flush=True)
+        print("Answer:", CONTROL_CODES.sub("", run.answer), flush=True)
     if failure and not isinstance(failure, KeyboardInterrupt):
         raise failure
     result = run.summary()

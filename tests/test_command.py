@@ -161,6 +161,15 @@ def test_piped_output_has_no_control_codes(command, script, workers):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out + err)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_terminal_does_not_obey_what_a_model_writes(command, script, workers):
+    script(*[["\x1b[2Jgone\x07", "\n\n", END]] * workers)
+    code, out, err = command("How?", "--workers", workers)
+    assert code == 0
+    assert "[2Jgone" in out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out + err)
+
+
 def test_a_prompt_from_everywhere(command, tmp_path):
     results = {}
     words = "How much is 2 + 3, in 日本語?"
