@@ -15,22 +15,18 @@ Tokens live in a pool of pages; a page belongs to one block. Attention goes over
 rows, whoever they belong to: page by page with the query for that page's block, then one softmax.
 """
 
-from __future__ import annotations
-
 import heapq
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .config import Config, InputError
+from .config import Config, require
 from .memory import allocating
 from .rope import attention_factor, inverse_frequencies, rotate, rotation
 
 PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
-
-Block = Hashable  # a block is known by its name
 
 
 @dataclass(frozen=True)
@@ -55,15 +51,14 @@ class Plan:
 class Cache:
     """Keys and values of all blocks, for all layers."""
 
-    def __init__(self, config: Config, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device | str = "cpu"):
-        if len(set(blocks)) != len(blocks):
-            raise InputError(f"cache: block names must differ: {list(blocks)}")
+    def __init__(self, config: Config, blocks: list[str], dtype: torch.dtype, device: torch.device | str = "cpu"):
+        require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
         self.scale = attention_factor(config.rope) ** 2 / config.head_dim**0.5
         self.frequencies = inverse_frequencies(config.rope, config.head_dim)
         self.lengths = {block: 0 for block in blocks}
-        self.pages: dict[Block, list[int]] = {block: [] for block in blocks}
+        self.pages: dict[str, list[int]] = {block: [] for block in blocks}
         self.free: list[int] = []  # pages; a heap, so that the pool stays dense at its start
         K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
         # Keys lie by page, since each page meets a query of its own; values by head, since after the softmax
@@ -71,7 +66,7 @@ class Cache:
         self.keys = [torch.empty(0, K, PAGE, D, dtype=dtype, device=device) for _ in range(L)]
         self.values = [torch.empty(K, 0, D, dtype=dtype, device=device) for _ in range(L)]
 
-    def extend(self, views: Sequence[Sequence[Block]], counts: Sequence[int]) -> Plan:
+    def extend(self, views: list[list[str]], counts: list[int]) -> Plan:
         """Make room for `counts[w]` new tokens at the end of the last block of `views[w]`, for each worker.
 
         The blocks' lengths advance at once; `forward` with this plan then writes the keys and values.
@@ -80,20 +75,17 @@ class Cache:
         self._check(views, counts)
         slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
         columns = {block: b for b, block in enumerate(dict.fromkeys(block for view in views for block in view))}
-        offset = torch.zeros(len(views), len(columns), dtype=torch.int64)
-        visible = torch.zeros_like(offset)
-        for w, view in enumerate(views):
-            start = 0
-            for block in view:
-                offset[w, columns[block]], visible[w, columns[block]] = start, self.lengths[block]
-                start += self.lengths[block]
+        starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
+        offset = torch.tensor([[start.get(block, 0) for block in columns] for start in starts])
+        visible = torch.tensor([[self.lengths[block] * (block in start) for block in columns] for start in starts])
+
+        own = torch.tensor([columns[view[-1]] for view in views])
 
         # From a row for each worker to a row for each token: they differ in the index in the own block.
         repeats = torch.tensor(counts)
-        offset, visible = offset.repeat_interleave(repeats, 0), visible.repeat_interleave(repeats, 0)
-        own = torch.tensor([columns[view[-1]] for view in views]).repeat_interleave(repeats)
-        lengths = [self.lengths[view[-1]] for view in views]
-        index = torch.cat([torch.arange(length - count, length) for length, count in zip(lengths, counts)])
+        offset, visible, own = (table.repeat_interleave(repeats, 0) for table in (offset, visible, own))
+        ends = [self.lengths[view[-1]] for view in views]
+        index = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts)])
         rows = torch.arange(len(index))
         visible[rows, own] = index + 1
         distance = offset[rows, own, None] + index[:, None] - offset  # [T, B]: from a block's start to the row
@@ -146,14 +138,13 @@ class Cache:
         return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
 
     @torch.no_grad()
-    def move(self, source: Block, target: Block) -> None:
+    def move(self, source: str, target: str) -> None:
         """Append the whole of one block to another and empty it: keys turned on, values copied.
 
         Raises InputError for a block that the cache does not have, or a move onto itself.
         """
         self._known([source, target])
-        if source == target:
-            raise InputError(f"block {source!r} cannot be moved onto itself")
+        require(source != target, f"block {source!r} cannot be moved onto itself")
         count, at = self.lengths[source], self.lengths[target]
         if not count:
             return
@@ -167,29 +158,25 @@ class Cache:
             heapq.heappush(self.free, page)
         self.pages[source], self.lengths[source] = [], 0
 
-    def _check(self, views: Sequence[Sequence[Block]], counts: Sequence[int]) -> None:
-        if not views or len(views) != len(counts) or not all(views):
-            raise InputError("a step needs at least one view, none of them empty, and a token list for each")
+    def _check(self, views: list[list[str]], counts: list[int]) -> None:
+        paired = len(views) == len(counts) > 0 and all(views)
+        require(paired, "a step needs at least one view, none of them empty, and a token list for each")
         for view in views:
             self._known(view)
-            if len(set(view)) != len(view):
-                raise InputError(f"a block stands twice in the view {list(view)}")
+            require(len(set(view)) == len(view), f"a block stands twice in the view {list(view)}")
         own = [view[-1] for view in views]
-        if len(set(own)) != len(own):
-            raise InputError(f"two views of one step end in the same block: {own}")
-        if min(counts) < 1:
-            raise InputError(f"each worker of a step feeds at least one token, not {min(counts)}")
+        require(len(set(own)) == len(own), f"two views of one step end in the same block: {own}")
+        require(min(counts) >= 1, f"each worker of a step feeds at least one token, not {min(counts)}")
 
-    def _known(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            if block not in self.lengths:
-                raise InputError(f"unknown block {block!r}: the cache has {', '.join(map(str, self.lengths))}")
+    def _known(self, blocks: list[str]) -> None:
+        unknown = [block for block in blocks if block not in self.lengths]
+        require(not unknown, f"unknown block {', '.join(map(repr, unknown))}: the cache has {[*self.lengths]}")
 
-    def _slots(self, block: Block, start: int, stop: int) -> Tensor:
+    def _slots(self, block: str, start: int, stop: int) -> Tensor:
         n = torch.arange(start, stop)
         return torch.tensor(self.pages[block])[n // PAGE] * PAGE + n % PAGE
 
-    def _claim(self, block: Block, count: int) -> Tensor:
+    def _claim(self, block: str, count: int) -> Tensor:
         """Lengthen a block by `count` tokens; returns their slots, [count]."""
         stop = self.lengths[block] + count
         missing = -(-stop // PAGE) - len(self.pages[block])

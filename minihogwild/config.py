@@ -5,8 +5,6 @@ B blocks, N tokens of a block, L layers, H query heads, K key/value heads, G = H
 E hidden size, F inner size of the MLP, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +12,12 @@ from torch import Tensor
 
 class InputError(ValueError):
     """Input that cannot be used. The message is one line: the culprit, and what would be right."""
+
+
+def require(holds: object, otherwise: str) -> None:
+    """Raise InputError, with the message `otherwise`, unless `holds`."""
+    if not holds:
+        raise InputError(otherwise)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Workers that solve one problem together: the generation loop, and the command that runs it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -9,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cache import PAGE, Cache
-from .config import InputError
+from .cache import Cache
+from .config import InputError, require
 from .layouts import COMMON, FINISHER, LAYOUTS, OTHERS, OWN, SEPARATOR
 from .load import DTYPES, Model, load
 from .memory import allocating
@@ -32,20 +30,19 @@ PREFILL_SCORES = 2**25  # and the attention scores of one layer: what bounds the
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
 FINISHER_TOKENS = 64
 
-Event = dict  # see Run
-
 
 @dataclass
 class Worker:
     """One writer: what it has written, and what it feeds in the next step."""
 
     name: str
-    random: torch.Generator
+    view: list[str]  # blocks; the last is its own
+    random: torch.Generator | None = None
+    stream: Stream | None = None
     pending: list[int] = field(default_factory=list)  # fed in the next step: a prefix, or one sampled token
     token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes and sampled
     tokens: int = 0  # how many of them were sampled
     paragraphs: list[str] = field(default_factory=list)  # sampled text of each, the last one still growing
-    stream: Stream | None = None
     active: bool = True
     begins: bool = True  # `pending` is a prefix
     answer: str | None = None
@@ -56,10 +53,9 @@ class Run:
 
         {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
         {"do": "move", "from", "to"}                   a finished paragraph went to the common block
-        {"do": "begin", "worker", "text"}              a prefix was queued
+        {"do": "begin", "worker", "text"}              a prefix was queued, or a finisher's cue
         {"do": "text", "worker", "text"}               readable text grew
         {"do": "retire", "worker"}                     the worker has ended its text
-        {"do": "finisher", "worker", "text"}           the finisher wrote; worker is None where it speaks for all
 
     The steps and moves, in order, are a schedule that can be replayed. `summary()` tells the result, at any time.
     Raises InputError for what can't be run.
@@ -79,21 +75,16 @@ class Run:
         own_prompts = model.folder / "prompts.json"
         self.words = words = prompts or (load_prompts(own_prompts) if own_prompts.exists() else Prompts())
         most = min(len(words.names), 16)
-        if not 1 <= workers <= most:
-            raise InputError(f"workers is {workers}: it must be from 1 to {most}")
-        self.layout_name = layout or ("combined" if workers > 1 else "independent")
-        if self.layout_name not in LAYOUTS:
-            raise InputError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
-        if max_steps < 1:
-            raise InputError(f"max_steps is {max_steps}: it must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed is {seed}: it must be from 0 to 2**32 - 1")
-        if not problem.strip():
-            raise InputError("the prompt is empty")
+        require(1 <= workers <= most, f"workers is {workers}: it must be from 1 to {most}")
+        self.layout = layout or ("combined" if workers > 1 else "independent")
+        require(self.layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+        require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
+        require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
+        require(problem.strip(), "the prompt is empty")
         self.model, self.max_steps, self.seed = model, max_steps, seed
-        self.sampling = model.sampling if sampling is None else sampling
-        self.layout = LAYOUTS[self.layout_name]
-        self.shared = self.layout.prefix  # else the workers know nothing of each other
+        self.sampling = sampling or model.sampling
+        self.rules = LAYOUTS[self.layout]
+        self.shared = self.rules.prefix  # else the workers know nothing of each other
 
         names = list(words.names[:workers])
         text = words.together if self.shared else words.alone
@@ -101,82 +92,69 @@ class Run:
         encode = model.tokenizer.encode
         self.prompt = model.tokenizer.chat(text)
         headers = {OTHERS: words.header_others, OWN: words.header_own, SEPARATOR: words.separator}
-        self.headers = {block: encode(headers[block]) for block in self.layout.headers}
+        self.headers = {block: encode(headers[block]) for block in self.rules.headers}
+        self.workers = [Worker(name, self.rules.view(name, [n for n in names if n != name])) for name in names]
+        for w, worker in enumerate(self.workers):
+            worker.random = torch.Generator().manual_seed(seed * 16 + w)  # no two seeds share a worker's stream
         self.cue = encode(words.cue)
-        self.asks_for_answer = words.boxed and "\\boxed" in text
-        self.finisher_room = len(self.cue) + FINISHER_TOKENS if self.asks_for_answer else 0
-        self.views = {name: self.layout.view(name, [n for n in names if n != name]) for name in names}
-        if self.shared:
-            self.finishers = {None: [COMMON, *names, FINISHER]}
-        else:
-            self.finishers = {name: [COMMON, name, f"{FINISHER} {name}"] for name in names}
-        blocks = [COMMON, *self.headers, *names, *(view[-1] for view in self.finishers.values())]
+        asks = words.boxed and "\\boxed" in text  # for an answer
+        seen = {FINISHER: names} if self.shared else {f"{FINISHER} of {name}": [name] for name in names}
+        self.finishers = [Worker(name, [COMMON, *seen[name], name]) for name in seen if asks]
+        self.finisher_room = len(self.cue) + FINISHER_TOKENS if asks else 0
+        blocks = [COMMON, *self.headers, *names, *(finisher.name for finisher in self.finishers)]
         self.cache = Cache(model.config, blocks, model.dtype, model.device)
 
-        # Streams of different seeds and workers are all different
-        randoms = [torch.Generator().manual_seed(seed * 16 + w) for w in range(workers)]
-        self.workers = [Worker(name, random) for name, random in zip(names, randoms)]
         self.forward_steps = self.finisher_steps = self.since_check = 0
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
-        self.finishers_answer: str | None = None
         self.stopped_by: str | None = None
 
     @property
     def answer(self) -> str | None:
         """The first found, of the lowest worker; where they are independent, the majority's."""
-        found = [answer for answer in (*(w.answer for w in self.workers), self.finishers_answer) if answer is not None]
-        most_common = found[:1] if self.shared else [answer for answer, _ in Counter(found).most_common(1)]
-        return most_common[0] if found else None
+        found = [writer.answer for writer in (*self.workers, *self.finishers) if writer.answer is not None]
+        return Counter(found[:1] if self.shared else found).most_common(1)[0][0] if found else None
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[dict]:
         if any(self.cache.lengths.values()):
             raise RuntimeError("a Run runs once: make another")
         yield from self._prefill()
-        while not self._stops():
+        while not (reason := self._reason_to_stop()):
             yield from self._step()
+        self.stopped_by = reason
         yield from self._finish()
 
-    def _prefill(self) -> Iterator[Event]:
+    def _prefill(self) -> Iterator[dict]:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
-        limit, spare = self.model.config.context, self.finisher_room + len(self.workers)
-        if len(self.prompt) + sum(map(len, self.headers.values())) + spare > limit:
-            raise InputError(f"the prompt is {len(self.prompt)} tokens long, too long for a context of {limit}")
-        steps, start = [], 0
-        while start < len(self.prompt):
-            scores = self.model.config.num_attention_heads * (start + PREFILL_CHUNK)  # of one token, in one layer
-            stop = start + max(1, min(PREFILL_CHUNK, PREFILL_SCORES // scores))
-            steps.append(([[COMMON]], [self.prompt[start:stop]]))
-            start = stop
-        if headers := {block: ids for block, ids in self.headers.items() if ids}:
+        # Alone, a worker goes on from the prompt's last token: each feeds it to a block of its own.
+        prompt = self.prompt if self.shared else self.prompt[:-1]
+        config, headers = self.model.config, {block: ids for block, ids in self.headers.items() if ids}
+        size = len(self.prompt) + sum(map(len, headers.values())) + self.finisher_room + len(self.workers)
+        too_long = f"the prompt is {len(self.prompt)} tokens long, too long for a context of {config.context}"
+        require(size <= config.context, too_long)
+        chunk = PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))
+        chunk = max(1, min(chunk, PREFILL_CHUNK))
+        steps = [([[COMMON]], [prompt[start : start + chunk]]) for start in range(0, len(prompt), chunk)]
+        if headers:
             steps.append(([[COMMON, block] for block in headers], list(headers.values())))
         for views, tokens in steps:
-            logits = self._feed(views, tokens)
-            sampled: list[int | None] = [None] * len(views)
-            if not self.shared and views is steps[-1][0]:  # each worker goes on from the prompt's last row
-                sampled = sample(logits.expand(len(self.workers), -1), self.sampling, [w.random for w in self.workers])
-            yield {"do": "step", "views": views, "tokens": tokens, "sampled": sampled}
-        begun = [self._begin(worker) for worker in self.workers]
-        if self.shared:
-            yield from begun
-        else:
-            for worker, token in zip(self.workers, sampled):
-                yield from self._take(worker, token)
+            self._feed(views, tokens)
+            yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
+        yield from [self._begin(worker) for worker in self.workers]
 
-    def _step(self) -> Iterator[Event]:
+    def _step(self) -> Iterator[dict]:
         """One forward pass of all active workers, and what follows from it for each."""
         began = time.perf_counter()
         active = [worker for worker in self.workers if worker.active]
-        views, tokens = [self.views[worker.name] for worker in active], [worker.pending for worker in active]
+        views, tokens = [worker.view for worker in active], [worker.pending for worker in active]
         logits = self._feed(views, tokens)
         self.forward_steps += 1
         events, rows = [], []
         for row, worker in enumerate(active):
-            if worker.pending[-1] in self.model.eos:
+            if worker.pending[-1] in self.model.eos and not worker.begins:
                 worker.active = False
                 events.append({"do": "retire", "worker": worker.name})
-                if self.layout.moves_retired:
-                    events.append(self._move(worker))
-            elif self.layout.paragraphs and paragraph_closed(worker.paragraphs[-1]):
+                events += [self._move(worker)] if self.rules.moves_retired else []
+            elif self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1]):
                 events += [self._move(worker), self._begin(worker)]
             else:
                 self.since_check += 1
@@ -195,119 +173,100 @@ class Run:
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
         config = self.model.config
-        scores = plan.mask.numel() * config.num_attention_heads * plan.mask.itemsize  # bytes; with their softmax and
-        nbytes = int(scores * (2 + config.head_dim / PAGE))  # the rotated queries they are the most of a step
-        with allocating(nbytes, f"a step of {len(flat)} tokens", self.model.device):
+        scores = config.num_attention_heads * plan.mask.nbytes  # with their softmax and the rotated queries,
+        with allocating(4 * scores, f"a step of {len(flat)} tokens", self.model.device):
             return forward(flat, self.model.weights, config, self.cache, plan)
 
-    def _begin(self, worker: Worker) -> Event:
+    def _begin(self, worker: Worker) -> dict:
         """Queue the prefix of the worker's next paragraph."""
         worker.paragraphs.append("")
+        encode = self.model.tokenizer.encode
         text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs)) if self.shared else ""
-        worker.pending = self.model.tokenizer.encode(text)
-        if self.since_check >= CHECK_AFTER and len(self.workers) > 1:
+        prefix = encode(text)
+        if self.shared and self.since_check >= CHECK_AFTER and len(self.workers) > 1:
             self.since_check = 0
             text += self.words.check
-            worker.pending += self.model.tokenizer.encode(self.words.check)
-        worker.token_ids += worker.pending
+            prefix += encode(self.words.check)
+        worker.token_ids += prefix
+        worker.pending = prefix or self.prompt[-1:]
         worker.begins = True
-        worker.stream = self.model.tokenizer.stream(worker.pending or self.prompt[-8:])
+        worker.stream = Stream(self.model.tokenizer, prefix or self.prompt[-8:])
         return {"do": "begin", "worker": worker.name, "text": text}
 
-    def _take(self, worker: Worker, token: int) -> list[Event]:
-        """Give a worker the token sampled for it, to be fed in the next step."""
-        worker.pending = [token]
-        worker.token_ids.append(token)
-        worker.tokens += 1
-        worker.begins = False
-        text = worker.stream.next(token)
-        worker.paragraphs[-1] += text
-        if self.words.boxed and "}" in text and (answer := boxed("".join(worker.paragraphs))):
-            worker.answer = answer
-            worker.active = self.shared  # alone, it would have stopped here
-        return [{"do": "text", "worker": worker.name, "text": text}] if text else []
+    def _take(self, writer: Worker, token: int) -> list[dict]:
+        """Give a writer the token sampled for it, to be fed in the next step."""
+        writer.pending = [token]
+        writer.token_ids.append(token)
+        writer.tokens += 1
+        writer.begins = False
+        text = writer.stream.next(token)
+        writer.paragraphs[-1] += text
+        if self.words.boxed and "}" in text and (answer := boxed("".join(writer.paragraphs))):
+            writer.answer = answer
+            writer.active = self.shared  # alone, it would have stopped here
+        return [{"do": "text", "worker": writer.name, "text": text}] if text else []
 
-    def _move(self, worker: Worker) -> Event:
+    def _move(self, worker: Worker) -> dict:
         self.cache.move(worker.name, COMMON)
         return {"do": "move", "from": worker.name, "to": COMMON}
 
-    def _stops(self) -> bool:
+    def _reason_to_stop(self) -> str | None:
         answered = any(worker.answer for worker in self.workers)
-        if not any(worker.active for worker in self.workers):
-            self.stopped_by = "answer" if answered else "retired"
-        elif answered and self.shared:
-            self.stopped_by = "answer"
-        elif self.forward_steps >= self.max_steps:
-            self.stopped_by = "steps"
-        elif self._outgrows():
-            self.stopped_by = "context"
-        return self.stopped_by is not None
+        if (answered and self.shared) or not any(worker.active for worker in self.workers):
+            return "answer" if answered else "retired"
+        if self.forward_steps >= self.max_steps:
+            return "steps"
+        return "context" if self._outgrows() else None
 
     def _outgrows(self) -> bool:
         """Would a view outgrow the context in the next step, or leave the finisher no room after it?"""
-        active = {worker.name: worker for worker in self.workers if worker.active}
+        pending = {worker.name: len(worker.pending) for worker in self.workers if worker.active}
+        lengths = Counter(self.cache.lengths) + Counter(pending)
+        after = lengths + Counter(pending.keys())  # one token more each: sampled in that step, and not yet fed
+        most = [sum(lengths[block] for block in worker.view) for worker in self.workers if worker.active]
+        most += [sum(after[block] for block in finisher.view) + self.finisher_room for finisher in self.finishers]
+        return max(most) > self.model.config.context
 
-        def length(view: list[str], more: int) -> int:
-            pending = sum(len(active[block].pending) + more for block in view if block in active)
-            return sum(self.cache.lengths[block] for block in view) + pending
-
-        lengths = [length(self.views[name], 0) for name in active]
-        if self.asks_for_answer:
-            lengths += [length(view, 1) + self.finisher_room for view in self.finishers.values()]
-        return max(lengths) > self.model.config.context
-
-    def _finish(self) -> Iterator[Event]:
+    def _finish(self) -> Iterator[dict]:
         """Where there is no answer and the prompt asks for one: ask for it, over all that has been written.
 
         What was sampled last and has not been fed goes in together with the cue.
         """
-        lacking: list[str | None] = [None] if self.shared else [w.name for w in self.workers if w.answer is None]
-        if not self.asks_for_answer or (self.shared and self.answer is not None):
-            return
-        late = [worker for worker in self.workers if worker.active and not worker.begins]
-        views = [self.views[worker.name] for worker in late] + [self.finishers[who] for who in lacking]
-        tokens = [worker.pending for worker in late] + [self.cue for _ in lacking]
-        written: dict[str | None, list[int]] = {who: [] for who in lacking}
-        while lacking:
-            logits = self._feed(views, tokens)[-len(lacking) :]
+        answered = {worker.name for worker in self.workers if worker.answer is not None}
+        writing = [finisher for finisher in self.finishers if not answered.intersection(finisher.view)]
+        for finisher in writing:
+            finisher.pending, finisher.paragraphs = self.cue, [self.words.cue]
+            finisher.stream = Stream(self.model.tokenizer, self.cue)
+            yield {"do": "text", "worker": finisher.name, "text": self.words.cue}
+        feeding = [worker for worker in self.workers if worker.active and not worker.begins] + writing
+        while writing:
+            views, tokens = [writer.view for writer in feeding], [writer.pending for writer in feeding]
+            ids = self._feed(views, tokens)[-len(writing) :].argmax(-1).tolist()
             self.finisher_steps += 1
-            ids = logits.argmax(-1).tolist()
             yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * (len(views) - len(ids)) + ids}
-            for who, token in zip(lacking, ids):
-                written[who].append(token)
-            lacking = [who for who in lacking if not self._finished(who, written[who])]
-            views, tokens = [self.finishers[who] for who in lacking], [written[who][-1:] for who in lacking]
-        for who, ids in written.items():
-            yield {"do": "finisher", "worker": who, "text": self.words.cue + self.model.tokenizer.decode(ids)}
-
-    def _finished(self, who: str | None, written: list[int]) -> bool:
-        answer = boxed(self.words.cue + self.model.tokenizer.decode(written))
-        if who is None:
-            self.finishers_answer = answer
-        else:
-            next(worker for worker in self.workers if worker.name == who).answer = answer
-        return answer is not None or written[-1] in self.model.eos or len(written) >= FINISHER_TOKENS
+            for finisher, token in zip(writing, ids):
+                yield from self._take(finisher, token)
+            writing = feeding = [
+                finisher
+                for finisher, token in zip(writing, ids)
+                if not (finisher.answer or token in self.model.eos or finisher.tokens >= FINISHER_TOKENS)
+            ]
 
     def summary(self) -> dict:
         """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` only what was sampled."""
-        tokens = sum(worker.tokens for worker in self.workers)
-        own = ("forward_steps", "finisher_steps", "seconds", "answer", "stopped_by", "seed")
-        of_worker = ("name", "token_ids", "tokens", "paragraphs", "answer")
-        decode = self.model.tokenizer.decode
-        return {
-            "model": self.model.name,
-            "layout": self.layout_name,
-            "sampling": vars(self.sampling),
-            "prompt_tokens": len(self.prompt),
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.seconds if self.seconds else 0.0,
-            "ms_per_step": 1000 * self.seconds / max(self.forward_steps, 1),
-            **{key: getattr(self, key) for key in own},
-            "workers": [
-                {**{key: getattr(worker, key) for key in of_worker}, "text": decode(worker.token_ids)}
-                for worker in self.workers
-            ],
-        }
+        own = ("forward_steps", "finisher_steps", "seconds", "answer", "stopped_by", "layout", "seed")
+        of_worker = ("name", "answer", "tokens", "token_ids", "paragraphs")
+        result = {"model": self.model.name, **{key: getattr(self, key) for key in own}}
+        result["sampling"] = vars(self.sampling)
+        result["prompt_tokens"] = len(self.prompt)
+        result["tokens"] = sum(worker.tokens for worker in self.workers)
+        result["tokens_per_second"] = result["tokens"] / self.seconds if self.seconds else 0.0
+        result["ms_per_step"] = 1000 * self.seconds / max(self.forward_steps, 1)
+        result["workers"] = [{key: getattr(worker, key) for key in of_worker} for worker in self.workers]
+        for worker in result["workers"]:
+            worker["text"] = self.model.tokenizer.decode(worker["token_ids"])
+        result["finishers"] = {finisher.name: finisher.paragraphs for finisher in self.finishers if finisher.tokens}
+        return result
 
 
 # ---- the command
@@ -317,34 +276,26 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may writ
 
 
 class Printer:
-    """Prints a run's text as it grows: one worker as it comes, several line by line with the name before it."""
+    """Prints a run's text as it grows: one worker's as it comes, several workers' line by line, each with its name."""
 
-    def __init__(self, names: list[str]):
-        self.unfinished = dict.fromkeys(names, "")
+    def __init__(self, workers: int):
+        self.alone = workers == 1
+        self.growing: dict[str, str] = defaultdict(str)  # by worker: its unfinished line
 
-    def show(self, event: Event) -> None:
-        name, text = event.get("worker"), CONTROL_CODES.sub("", event.get("text", ""))
-        if event["do"] == "text" and len(self.unfinished) == 1:
+    def show(self, name: str, text: str, ends: bool = False) -> None:
+        text = CONTROL_CODES.sub("", text)
+        if self.alone:
             print(text, end="", flush=True)
-        elif event["do"] == "text":
-            *lines, self.unfinished[name] = (self.unfinished[name] + text).split("\n")
-            self.say(name, lines)
-        elif event["do"] in ("begin", "retire"):
-            self.flush([name])
-        elif event["do"] == "finisher":
-            self.flush(list(self.unfinished))
-            if len(self.unfinished) == 1:
-                print()
-            self.say(f"finisher of {name}" if name else "finisher", text.split("\n"))
-
-    def flush(self, names: list[str]) -> None:
-        for name in names:
-            self.say(name, [self.unfinished[name]])
-            self.unfinished[name] = ""
-
-    def say(self, name: str, lines: list[str]) -> None:
+            return
+        *lines, self.growing[name] = (self.growing[name] + text + "\n" * ends).split("\n")
         for line in filter(str.strip, lines):
             print(f"{name}: {line.strip()}", flush=True)
+
+    def finish(self) -> None:
+        if self.alone:
+            print()
+        for name in self.growing:
+            self.show(name, "", ends=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -376,76 +327,56 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read_prompt(given: str | None) -> str:
-    if given is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise InputError("no prompt: give it as an argument, or on standard input")
     if given in (None, "-"):
+        terminal = given is None and (sys.stdin is None or sys.stdin.isatty())
+        require(not terminal, "no prompt: give it as an argument, or on standard input")
         given = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    try:
-        given.encode()  # an argument may hold stray bytes too
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not valid UTF-8") from None
-    if not given.strip():
-        raise InputError("the prompt is empty")
+    # An argument may hold stray bytes too
+    require(not re.search("[\ud800-\udfff]", given), "the prompt is not valid UTF-8")
+    require(given.strip(), "the prompt is empty")
     return given
 
 
 def command(options: argparse.Namespace) -> int:
-    if options.json:
-        folder = options.json.absolute().parent
-        if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise InputError(f"--json {options.json}: cannot be written there")
+    out = options.json.resolve() if options.json else None
+    writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not out.exists()))
+    require(writable, f"--json {options.json}: no file can be written there")
     prompt = read_prompt(options.prompt)
     prompts = load_prompts(options.prompts) if options.prompts else None
-    chosen = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p", "min_p")}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
+    chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
-    printer = Printer([worker.name for worker in run.workers])
-    failure: BaseException | None = None
+    printer = Printer(options.workers)
     try:
         for event in run:
-            printer.show(event)
-    except (KeyboardInterrupt, InputError, torch.OutOfMemoryError) as error:
-        failure = error  # what has been written until then is kept
-    printer.flush(list(printer.unfinished))
-    if len(run.workers) == 1 or run.answer is not None:
-        print()
-    if run.answer is not None:
-        print("Answer:", CONTROL_CODES.sub("", run.answer), flush=True)
-    if failure and not isinstance(failure, KeyboardInterrupt):
-        raise failure
-    result = run.summary()
-    print(summary_line(result, interrupted=failure is not None), file=sys.stderr)
-    if options.json:
-        write_json(options.json, result)
-    return 130 if failure else 0
-
-
-def summary_line(result: dict, interrupted: bool) -> str:
-    by_worker = ", ".join(f"{worker['name']} {worker['tokens']}" for worker in result["workers"])
-    finisher = f" + {result['finisher_steps']} of the finisher" if result["finisher_steps"] else ""
-    return (
-        f"\n{result['forward_steps']} forward steps{finisher}, {result['tokens']} tokens ({by_worker}), "
-        f"{result['tokens_per_second']:.1f} tokens/s, {result['ms_per_step']:.1f} ms per step; "
-        f"stopped by {'you' if interrupted else result['stopped_by']}"
-    )
-
-
-def write_json(path: Path, result: dict) -> None:
-    """Write beside, then rename: the file is whole, or as it was."""
-    text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
-    if path.exists() and not path.is_file():  # a pipe or a terminal
-        path.write_text(text, "utf-8")
-        return
-    path = path.resolve()
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
+            if "worker" in event:
+                grows = event["do"] == "text"
+                printer.show(event["worker"], event["text"] if grows else "", ends=not grows)
+    except KeyboardInterrupt:  # what has been written until then is kept
+        run.stopped_by = "interrupt"
     finally:
-        beside.unlink(missing_ok=True)
+        printer.finish()
+    result = run.summary()
+    if run.answer:
+        print("\nAnswer:", CONTROL_CODES.sub("", run.answer), flush=True)
+    by_worker = ", ".join(f"{worker.name} {worker.tokens}" for worker in run.workers)
+    finisher = f" + {run.finisher_steps} of the finisher" if run.finisher_steps else ""
+    print(
+        f"\n{run.forward_steps} forward steps{finisher}, {result['tokens']} tokens ({by_worker}), "
+        f"{result['tokens_per_second']:.1f} tokens/s, {result['ms_per_step']:.1f} ms per step; "
+        f"stopped by {run.stopped_by}",
+        file=sys.stderr,
+    )
+    if out:  # written beside, then renamed: the file is whole, or as it was
+        beside = out.with_name(out.name + ".part")
+        try:
+            beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            beside.replace(out)
+        finally:
+            beside.unlink(missing_ok=True)
+    return 130 if run.stopped_by == "interrupt" else 0
 
 
 def main(argv: list[str] | None = None) -> int:

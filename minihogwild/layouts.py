@@ -1,7 +1,5 @@
 """Layouts: which blocks a worker sees, in which order (arXiv 2504.06261, section 3.2), as one table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

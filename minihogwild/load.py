@@ -1,7 +1,5 @@
 """A folder or hub repository in; Config, Weights, tokenizer and default sampling out."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import Config, InputError, Layer, Rope, Weights
+from .config import Config, InputError, Layer, Rope, Weights, require
 from .memory import allocating
 from .sampling import Sampling
 from .text import Tokenizer, read_json
@@ -60,8 +58,7 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torc
     if dtype == "auto":
         dtype = settings.get("dtype") or settings.get("torch_dtype") or stored_dtype(folder)
     dtype = DTYPES.get(dtype, dtype)
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    require(dtype in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     tokenizer = Tokenizer(folder)
     sampling, eos = generation_defaults(folder, settings, tokenizer)
     weights = load_weights(folder, config, dtype, device, str(name))
@@ -71,8 +68,7 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torc
 def pick_device(device: str | torch.device) -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = torch.device(next(kind for kind in present if present[kind]) if device == "auto" else device)
-    if not present.get(device.type, True):
-        raise InputError(f"device {device.type} is not available on this machine: use cpu or auto")
+    require(present.get(device.type, True), f"device {device.type} is not available on this machine: use cpu or auto")
     return device
 
 
@@ -81,8 +77,8 @@ def fetch(name: str) -> Path:
     folder = Path(os.path.expanduser(name))  # which leaves a user that it does not know as it is
     if folder.is_dir():
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{name}: no such model folder")
+    a_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    require(not a_path, f"{name}: no such model folder")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # network, gated, unknown, offline: the hub's errors share no base class
@@ -94,8 +90,7 @@ def fetch(name: str) -> Path:
 
 
 def refuse(wrong: object, what: str) -> None:
-    if wrong:
-        raise InputError(f"config.json: {what}")
+    require(not wrong, f"config.json: {what}")
 
 
 def parse_config(settings: dict) -> Config:
@@ -184,46 +179,43 @@ def generation_defaults(folder: Path, settings: dict, tokenizer: Tokenizer) -> t
 # ---- safetensors
 
 
-def checkpoint_table(weights: Weights, config: Config) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint must hold: its name there, and the part of `weights` that it fills."""
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows = (H * D, K * D, K * D)
-    table = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
-    if not config.tie_word_embeddings:
-        table["lm_head.weight"] = weights.head
-    for i, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv.split(rows)
-        gate, up = layer.gate_up.chunk(2)
-        parts = {"input_layernorm": layer.attn_norm}
-        parts |= {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.out}
-        parts |= {"post_attention_layernorm": layer.mlp_norm}
-        parts |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down}
-        if layer.q_norm is not None:
-            parts |= {"self_attn.q_norm": layer.q_norm, "self_attn.k_norm": layer.k_norm}
-        table |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
-        if layer.qkv_bias is not None:
-            biases = zip("qkv", layer.qkv_bias.split(rows))
-            table |= {f"model.layers.{i}.self_attn.{name}_proj.bias": part for name, part in biases}
-    return table
-
-
 def empty_weights(
     config: Config, dtype: torch.dtype, device: torch.device | str, biases: bool = False, qk_norms: bool = False
-) -> Weights:
-    """Weights of the right shapes, not filled. On device "meta" they take no memory."""
-    V, E, F, D = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    shapes = {"attn_norm": [E], "qkv": [(H + 2 * K) * D, E], "out": [E, H * D]}
-    shapes |= {"mlp_norm": [E], "gate_up": [2 * F, E], "down": [E, F]}
-    shapes |= {"qkv_bias": [(H + 2 * K) * D]} if biases else {}
-    shapes |= {"q_norm": [D], "k_norm": [D]} if qk_norms else {}
+) -> tuple[Weights, dict[str, Tensor]]:
+    """Weights of the right shapes, not filled; and what fills them: each tensor of a checkpoint, by its name there.
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    On device "meta" they take no memory.
+    """
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    fields = {  # of Layer: the checkpoint's tensors that lie there one below the other
+        "attn_norm": {"input_layernorm.weight": [E]},
+        "qkv": {f"self_attn.{x}_proj.weight": [n * D, E] for x, n in heads.items()},
+        "qkv_bias": {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items() if biases},
+        "q_norm": {"self_attn.q_norm.weight": [D]} if qk_norms else {},
+        "k_norm": {"self_attn.k_norm.weight": [D]} if qk_norms else {},
+        "out": {"self_attn.o_proj.weight": [E, heads["q"] * D]},
+        "mlp_norm": {"post_attention_layernorm.weight": [E]},
+        "gate_up": {"mlp.gate_proj.weight": [F, E], "mlp.up_proj.weight": [F, E]},
+        "down": {"mlp.down_proj.weight": [E, F]},
+    }
+    parts = {}
 
-    embed = empty(V, E)
-    layers = [Layer(**{name: empty(*shape) for name, shape in shapes.items()}) for _ in range(config.num_hidden_layers)]
-    return Weights(embed, layers, empty(E), embed if config.tie_word_embeddings else empty(V, E))
+    def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor | None:
+        if not shapes:
+            return None
+        rows, (_, *columns) = [shape[0] for shape in shapes.values()], next(iter(shapes.values()))
+        whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
+        parts.update(zip([prefix + name for name in shapes], whole.split(rows)))
+        return whole
+
+    embed, norm = empty({"embed_tokens.weight": [config.vocab_size, E]}), empty({"norm.weight": [E]})
+    head = embed if config.tie_word_embeddings else empty({"lm_head.weight": [config.vocab_size, E]}, "")
+    layers = [
+        Layer(**{field: empty(shapes, f"model.layers.{i}.") for field, shapes in fields.items()})
+        for i in range(config.num_hidden_layers)
+    ]
+    return Weights(embed, layers, norm, head), parts
 
 
 def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch.device, model="the model") -> Weights:
@@ -232,30 +224,28 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     for path in safetensors_files(folder):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in found:
-                    raise InputError(f"{path.name}: tensor {name} stands in {found[name][0].name} too")
-                found[name] = path, file.get_slice(name).get_shape()
+                first, _ = found.setdefault(name, (path, file.get_slice(name).get_shape()))
+                require(first is path, f"{path.name}: tensor {name} stands in {first.name} too")
     # Not parameters: Llama 2's saved rotary frequencies, and the head that a tied model shares with its embedding.
     found = {name: where for name, where in found.items() if not name.endswith(".rotary_emb.inv_freq")}
     shared_head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
 
     optional = [any(name.endswith(end) for name in found) for end in ("q_proj.bias", "q_norm.weight")]
-    expected = checkpoint_table(empty_weights(config, dtype, "meta", *optional), config)
-    if missing := expected.keys() - found.keys():
-        raise InputError(f"the checkpoint lacks {some(missing)}")
-    if unknown := found.keys() - expected.keys():
-        raise InputError(f"the checkpoint has tensors that this architecture does not know: {some(unknown)}")
+    _, expected = empty_weights(config, dtype, "meta", *optional)
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+    require(not missing, f"the checkpoint lacks {some(missing)}")
+    require(not unknown, f"the checkpoint has tensors that this architecture does not know: {some(unknown)}")
     for name, (path, shape) in found.items():
-        if list(expected[name].shape) != shape:
-            raise InputError(f"{path.name}: {name} has shape {shape}, not {list(expected[name].shape)}")
+        right = list(expected[name].shape)
+        require(shape == right, f"{path.name}: {name} has shape {shape}, not {right}")
 
     nbytes = sum(tensor.nbytes for tensor in expected.values())
     with allocating(nbytes, f"{model}'s weights in {str(dtype)[6:]}", device):
-        weights = empty_weights(config, dtype, device, *optional)
-    for name, tensor in checkpoint_table(weights, config).items():
-        tensor.copy_(read(found[name][0], name))
-    if shared_head and not torch.equal(read(shared_head[0], "lm_head.weight").to(weights.head), weights.head):
-        raise InputError("tie_word_embeddings is true, but lm_head.weight differs from the embedding")
+        weights, parts = empty_weights(config, dtype, device, *optional)
+    for name, part in parts.items():
+        part.copy_(read(found[name][0], name))
+    same = not shared_head or torch.equal(read(shared_head[0], "lm_head.weight").to(weights.head), weights.head)
+    require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return weights
 
 
@@ -276,15 +266,13 @@ def some(names: set[str]) -> str:
 def safetensors_files(folder: Path) -> list[Path]:
     """The one file, or those that the index names."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists() and not single.exists():
-        raise InputError(f"{folder}: neither {single.name} nor {index.name} in this folder")
     if not index.exists():
+        require(single.exists(), f"{folder}: neither {single.name} nor {index.name} in this folder")
         return [single]
     paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    if not paths:
-        raise InputError(f"{index}: weight_map names no file")
-    if missing := {path.name for path in paths if not path.exists()}:
-        raise InputError(f"{index.name} names {some(missing)}, not to be found in {folder}")
+    require(paths, f"{index}: weight_map names no file")
+    missing = {path.name for path in paths if not path.exists()}
+    require(not missing, f"{index.name} names {some(missing)}, not to be found in {folder}")
     return paths
 
 

@@ -1,7 +1,5 @@
 """Running out of memory, said in one line."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import psutil

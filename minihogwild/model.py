@@ -1,7 +1,5 @@
 """The transformer, for Llama and Qwen: biases and q/k norms are used where the checkpoint has them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

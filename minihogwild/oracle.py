@@ -5,10 +5,7 @@ every key is rotated to its position, and one plain softmax runs over them. A mo
 is shared with the engine but Config and Weights.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,24 +16,23 @@ from .config import Config, Layer, Weights
 class Oracle:
     """A cache and a forward in one: `step` takes what one step of all workers takes, and returns its logits."""
 
-    def __init__(self, config: Config, weights: Weights, blocks: Sequence[Hashable]):
+    def __init__(self, config: Config, weights: Weights, blocks: list[str]):
         self.config, self.weights = config, to_float64(weights)
         self.frequencies = torch.tensor(frequencies(config), dtype=torch.float64)
         L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        empty = torch.zeros(0, K, D, dtype=torch.float64)
-        self.keys = {block: [empty] * L for block in blocks}  # unrotated, [N, K, D] for each layer
-        self.values = {block: [empty] * L for block in blocks}
+        empty = torch.zeros(2, 0, K, D, dtype=torch.float64)
+        self.stored = {block: [empty] * L for block in blocks}  # [2, N, K, D] for each layer: unrotated keys; values
 
     @torch.no_grad()
-    def step(self, views: Sequence[Sequence[Hashable]], tokens: Sequence[Sequence[int]]) -> Tensor:
+    def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
         """Logits [W, V] float64 after each worker's last token."""
         hidden = [self.weights.embed[torch.tensor(ids)] for ids in tokens]  # W times [n, E]
         for i, layer in enumerate(self.weights.layers):
             queries = []
             for view, x in zip(views, hidden):
                 q, k, v = self.project(x, layer)
-                self.keys[view[-1]][i] = torch.cat((self.keys[view[-1]][i], k))
-                self.values[view[-1]][i] = torch.cat((self.values[view[-1]][i], v))
+                own = self.stored[view[-1]]
+                own[i] = torch.cat((own[i], torch.stack((k, v))), 1)
                 queries.append(q)
             for w, view in enumerate(views):
                 mixed = self.attention(i, view, queries[w])
@@ -46,12 +42,11 @@ class Oracle:
         last = torch.stack([x[-1] for x in hidden])
         return self.norm(last, self.weights.norm) @ self.weights.head.T
 
-    def move(self, source: Hashable, target: Hashable) -> None:
+    def move(self, source: str, target: str) -> None:
         """Append the whole of one block to another, and empty it."""
-        for store in (self.keys, self.values):
-            for i in range(self.config.num_hidden_layers):
-                store[target][i] = torch.cat((store[target][i], store[source][i]))
-                store[source][i] = store[source][i][:0]
+        for i, moved in enumerate(self.stored[source]):
+            self.stored[target][i] = torch.cat((self.stored[target][i], moved), 1)
+            self.stored[source][i] = moved[:, :0]
 
     def project(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """q [n, H, D], k and v [n, K, D], before any rotation."""
@@ -64,10 +59,9 @@ class Oracle:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
         return q, k, v
 
-    def attention(self, i: int, view: Sequence[Hashable], q: Tensor) -> Tensor:
+    def attention(self, i: int, view: list[str], q: Tensor) -> Tensor:
         """[n, H, D]: a worker's n new tokens, the last of its view, look at all of it but what comes after them."""
-        keys = torch.cat([self.keys[block][i] for block in view])  # [S, K, D], S tokens in the view
-        values = torch.cat([self.values[block][i] for block in view])
+        keys, values = torch.cat([self.stored[block][i] for block in view], 1)  # [S, K, D], S tokens in the view
         positions = torch.arange(len(keys), dtype=torch.float64)
         mine = positions[len(keys) - len(q) :]
         q, keys = self.turn(q, mine), self.turn(keys, positions)
@@ -131,11 +125,11 @@ def yarn_bounds(config: Config) -> tuple[float, float]:
 def magnitude(config: Config) -> float:
     """What YaRN multiplies queries and keys by."""
     rope = config.rope
-    if rope.rope_type != "yarn" or (rope.attention_factor is None and rope.factor <= 1):
+    if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    log = 0.1 * math.log(rope.factor)
+    log = 0.1 * math.log(max(rope.factor, 1))
     if rope.mscale and rope.mscale_all_dim:
         return (rope.mscale * log + 1) / (rope.mscale_all_dim * log + 1)
     return log + 1

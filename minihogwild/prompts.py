@@ -1,19 +1,14 @@
 """The words that make workers cooperate, as data; and how their text is read: paragraphs, boxed answers."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
 
-from .config import InputError
+from .config import require
 from .text import read_json
 
-NAMES = (
-    "Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi",
-    "Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy",
-)  # fmt: skip
+NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy"
 
 
 @dataclass(frozen=True)
@@ -42,28 +37,25 @@ The problem:
     prefix: str = "**{name} [{number}]:**"  # no space at the end: a lone space token derails small models
     check: str = " Quick check: am I repeating what somebody else already does? Yes or no:"
     cue: str = "\n\nNo time is left. From all the work above, the final answer is \\boxed{"
-    names: tuple[str, ...] = NAMES
+    names: tuple[str, ...] = tuple(NAMES.split())
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
 
     def __post_init__(self):
         for name, value in vars(self).items():
             wanted = {"names": tuple, "boxed": bool}.get(name, str)
-            if not isinstance(value, wanted):
-                raise InputError(f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
-        if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
-            raise InputError(f"prompts: names must be strings that differ, not {list(self.names)}")
-        if not self.prefix.strip() or not self.cue.strip():
-            raise InputError("prompts: prefix and cue must not be empty")
-        for name, value in vars(self).items():
-            if re.search("[\ud800-\udfff]", "".join(value) if name != "boxed" else ""):
-                raise InputError(f"prompts: {name} is not valid Unicode")
+            require(isinstance(value, wanted), f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
+            require(not re.search("[\ud800-\udfff]", str(value)), f"prompts: {name} is not valid Unicode")
+        texts = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
+        differ = texts and len(set(self.names)) == len(self.names)
+        require(differ, f"prompts: names must be printable strings that differ, not {list(self.names)}")
+        require(self.prefix.strip() and self.cue.strip(), "prompts: prefix and cue must not be empty")
 
 
 def load_prompts(path: Path) -> Prompts:
     """Prompts with the fields that a JSON file gives; the others keep their defaults."""
     given = read_json(path)
-    if unknown := given.keys() - vars(Prompts()):
-        raise InputError(f"{path}: unknown: {', '.join(sorted(unknown))}")
+    unknown = given.keys() - vars(Prompts())
+    require(not unknown, f"{path}: unknown: {', '.join(sorted(unknown))}")
     if isinstance(given.get("names"), list):
         given["names"] = tuple(given["names"])
     return Prompts(**given)

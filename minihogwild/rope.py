@@ -5,8 +5,6 @@ Rotations compose, R(a) R(b) = R(a + b), and <R(a) q, R(b) k> depends on a - b a
 moved by rotating it once more, and a query can be rotated in place of every key it meets.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -39,13 +37,9 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
     """The pairs between which yarn passes from 'as trained' to 'divided by factor'."""
-
-    low, high = (
-        head_dim
-        * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
-        / (2 * math.log(rope.rope_theta))
-        for turns in (rope.beta_fast, rope.beta_slow)
-    )
+    trained = rope.original_max_position_embeddings / (2 * math.pi)
+    pairs = head_dim / (2 * math.log(rope.rope_theta))
+    low, high = (pairs * math.log(trained / turns) for turns in (rope.beta_fast, rope.beta_slow))
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

@@ -1,12 +1,10 @@
 """From logits to the next token: temperature, top-k, top-p, min-p, in that order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-from .config import InputError
+from .config import require
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,11 @@ class Sampling:
     min_p: float = 0.0  # keep those at least p times as likely as the likeliest (arXiv 2407.01082)
 
     def __post_init__(self):
-        for name, ok, right in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-        ):
-            if not ok:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be {right}")
+        t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
+        require(0 <= t < float("inf"), f"temperature is {t}: it must be 0 (greedy) or more")
+        require(k >= 0, f"top_k is {k}: it must be 0 (off) or more")
+        require(0 < p <= 1, f"top_p is {p}: it must be above 0, at most 1 (off)")
+        require(0 <= m <= 1, f"min_p is {m}: it must be from 0 (off) to 1")
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:

@@ -4,28 +4,22 @@ What a user types is text. Control tokens (`<|im_end|>`, `<think>`, ...) come fr
 spelled out in a prompt they are encoded as the characters they are.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
+from functools import partial
 from pathlib import Path
 from time import strftime
 
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import InputError
-
-
-def raise_exception(message: str) -> None:
-    raise InputError(message)
-
+from .config import InputError, require
 
 # The environment that the ecosystem renders chat templates in: transformers' apply_chat_template
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
-TEMPLATES.globals |= {"raise_exception": raise_exception, "strftime_now": strftime}
+TEMPLATES.globals |= {"raise_exception": partial(require, False), "strftime_now": strftime}
 
 
 class Tokenizer:
@@ -70,8 +64,9 @@ class Tokenizer:
         before, mark, after = self._render(self.mark).partition(self.mark)  # what the template puts around the user
         rendered = self._render(prompt)
         content = rendered.removeprefix(before).removesuffix(after)
-        if not mark or mark in after or before + content + after != rendered or content.strip() != prompt.strip():
-            raise InputError("the chat template does not show the user's message once, as it is")
+        once = mark and mark not in after and before + content + after == rendered
+        as_it_is = content.strip() == prompt.strip()
+        require(once and as_it_is, "the chat template does not show the user's message once, as it is")
         # Cut the template's own words at its control tokens. The user's text stays in one piece with the plain
         # text around it, so that it is tokenised as it would be in the whole.
         head, tail = self.at_control.split(before), self.at_control.split(after)
@@ -81,10 +76,6 @@ class Tokenizer:
             # Behind the mark, since some tokenizers put a space before the very first piece of a text
             ids += [self.control[control.strip()], *self.encode(self.mark + piece)[1:]]
         return ids
-
-    def stream(self, before: list[int]) -> Stream:
-        """Decodes, token by token, what follows the ids in `before`."""
-        return Stream(self, before)
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
@@ -101,7 +92,7 @@ class Tokenizer:
 
 
 class Stream:
-    """Text of a growing run of tokens, each character once, and only when all of its bytes are there."""
+    """Text of the tokens that follow the ids in `before`: each character once, when all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]):
         self.tokenizer, self.told, self.new = tokenizer, list(before), []
@@ -143,6 +134,5 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.parent}: no {path.name} in this folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: must hold a JSON object, not a {type(data).__name__}")
+    require(isinstance(data, dict), f"{path}: must hold a JSON object, not a {type(data).__name__}")
     return data

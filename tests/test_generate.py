@@ -116,7 +116,7 @@ class Record:
 
     def views_at_the_end(self) -> dict[str, str]:
         blocks = self.blocks()
-        return {name: "".join(blocks[block] for block in view) for name, view in self.run.views.items()}
+        return {worker.name: "".join(blocks[block] for block in worker.view) for worker in self.run.workers}
 
 
 def record(
@@ -138,7 +138,7 @@ def record(
     texts = {id(w.random): itertools.chain(script, late) for w, script in zip(run.workers, scripts or [])}
     assert not scripts or len(scripts) == workers
     if isinstance(finisher, list):
-        finisher = {view[-1]: finisher for view in run.finishers.values()}
+        finisher = {writer.name: finisher for writer in run.finishers}
     finishers = {block: iter(ids) for block, ids in (finisher or {}).items()}
 
     def spying_extend(views, counts):
@@ -237,8 +237,9 @@ def restated(
         return token
 
     prompt = encode(prompt_of(layout, names))
-    if layout == "independent":
-        schedule.append(("step", [[COMMON]], [prompt], [draw(name) for name in names]))
+    if layout == "independent":  # the prompt's last token is each worker's own: its first is sampled from there
+        schedule.append(("step", [[COMMON]], [prompt[:-1]], [None]))
+        queue |= {name: prompt[-1:] for name in names}
     else:
         schedule.append(("step", [[COMMON]], [prompt], [None]))
         texts_of = {OTHERS: WORDS.header_others, OWN: WORDS.header_own, SEPARATOR: WORDS.separator}
@@ -363,6 +364,7 @@ STEPS = {
         {"Alice": END},
     ],
     "independent": [
+        {"Alice": PROBLEM[-1], "Bob": PROBLEM[-1]},  # the prompt's last token
         {"Alice": "A", "Bob": "b"},
         {"Alice": ".", "Bob": END},
         {"Alice": "\n\n"},
@@ -415,8 +417,8 @@ def test_the_order_of_events(model, layout):
         "interleaved": """step, begin Alice, begin Bob, step, text Alice, text Bob, step, text Alice, step,
             retire Bob, move Bob, text Alice, step, move Alice, begin Alice, step, text Alice, step, step,
             retire Alice, move Alice""",
-        "independent": """step, text Alice, text Bob, step, text Alice, step, retire Bob, text Alice, step,
-            text Alice, step, step, retire Alice""",
+        "independent": """step, begin Alice, begin Bob, step, text Alice, text Bob, step, text Alice, step,
+            retire Bob, text Alice, step, text Alice, step, step, retire Alice""",
     }
     assert order == [line.strip() for line in expected[layout].split(",")]
 
@@ -485,10 +487,10 @@ def test_prompt_and_headers_are_prefilled_once_in_blocks_of_their_own(model, lay
     text = {OTHERS: WORDS.header_others, OWN: WORDS.header_own, SEPARATOR: WORDS.separator}
     headers = HEADERS[layout]
     prompt, *more = seen.prefill
-    assert (prompt["views"], [seen.text(ids) for ids in prompt["tokens"]]) == (
-        [[COMMON]],
-        [prompt_of(layout, ["Alice", "Bob", "Carol"])],
-    )
+    text_of_prompt = prompt_of(layout, ["Alice", "Bob", "Carol"])
+    if layout == "independent":  # each worker feeds the last token to its own block
+        text_of_prompt = text_of_prompt[:-1]
+    assert (prompt["views"], [seen.text(ids) for ids in prompt["tokens"]]) == ([[COMMON]], [text_of_prompt])
     assert [view for step in more for view in step["views"]] == [[COMMON, header] for header in headers]
     assert [seen.text(ids) for step in more for ids in step["tokens"]] == [text[header] for header in headers]
     assert [i for step in more for i in step["sampled"]] == [None] * len(headers)
@@ -535,7 +537,7 @@ def test_the_history_reads_as_whole_paragraphs(model, layout):
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_where_the_text_of_a_retired_worker_stays(model, layout):
     seen = record(model, 2, layout, [ids_of(model, "aaaaaaaa"), ids_of(model, "bye", END)], max_steps=8)
-    text = ("" if layout == "independent" else "**Bob [1]:**") + "bye" + END
+    text = (PROBLEM[-1] if layout == "independent" else "**Bob [1]:**") + "bye" + END
     assert [e["worker"] for e in seen.events if e["do"] == "retire"] == ["Bob"]
     blocks, alice_sees = seen.blocks(), seen.views_at_the_end()["Alice"]
     if layout == "interleaved":
@@ -553,7 +555,7 @@ def test_contiguous_and_independent_never_move(model):
     for layout in ("contiguous", "independent"):
         seen = record(model, 3, layout, [ids_of(model, "a.", "\n\n", "b.", "\n\n", END)] * 3)
         assert len(seen.schedule) == len(seen.steps)
-        assert Counter(e["do"] for e in seen.events)["begin"] == (3 if layout == "contiguous" else 0)
+        assert [e["text"] != "" for e in seen.events if e["do"] == "begin"] == [layout == "contiguous"] * 3
 
 
 def test_tokens_and_words_are_those_of_the_fragments_alone(model):
@@ -564,15 +566,16 @@ def test_tokens_and_words_are_those_of_the_fragments_alone(model):
 
 
 def test_defaults(model):
-    assert Run(model, PROBLEM).layout_name == "combined"
-    assert Run(model, PROBLEM, 1).layout_name == "independent"
+    assert Run(model, PROBLEM).layout == "combined"
+    assert Run(model, PROBLEM, 1).layout == "independent"
     assert [worker.name for worker in Run(model, PROBLEM).workers] == ["Alice", "Bob"]
     alone = record(model, 1, None, [ids_of(model, "a", END)], problem="Hello?")
     assert seen_prompt(alone) == "Hello?"  # plain chat
 
 
 def seen_prompt(seen: Record) -> str:
-    return seen.text([i for step in seen.prefill if step["views"] == [[COMMON]] for i in step["tokens"][0]])
+    last = seen.forward[0]["tokens"][0] if seen.run.layout == "independent" else []
+    return seen.text([i for step in seen.prefill if step["views"] == [[COMMON]] for i in step["tokens"][0]] + last)
 
 
 # ---- the redundancy check
@@ -700,7 +703,7 @@ def test_max_steps(model, layout, max_steps):
     seen = record(model, 2, layout, [[], []], max_steps=max_steps)
     assert seen.run.stopped_by == "steps"
     assert seen.run.forward_steps == len(seen.forward) == max_steps
-    assert [w.tokens for w in seen.run.workers] == [max_steps + (layout == "independent")] * 2
+    assert [w.tokens for w in seen.run.workers] == [max_steps] * 2
 
 
 def test_an_end_in_the_last_step_is_an_end(model):
@@ -793,6 +796,10 @@ def test_no_length_of_prompt_breaks_the_context(tmp_path, layout, asking):
 # ---- the finisher
 
 
+def said(events: list[dict], writer: str) -> str:
+    return "".join(e["text"] for e in events if e["do"] == "text" and e["worker"] == writer)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS_THAT_SHARE)
 def test_the_finisher_sees_everything_and_is_fed_what_was_left(model, layout):
     scripts = [ids_of(model, "aaaa"), ids_of(model, "b", END), ids_of(model, "cc.", "\n\n", "dd")]
@@ -810,7 +817,8 @@ def test_the_finisher_sees_everything_and_is_fed_what_was_left(model, layout):
     assert [step["tokens"] for step in others] == [[ids_of(model, "4")], [ids_of(model, "2")]]
     assert (seen.run.finisher_steps, seen.run.forward_steps, seen.run.stopped_by) == (3, 4, "steps")
     assert seen.run.answer == "42"
-    assert seen.events[-1] == {"do": "finisher", "worker": None, "text": ASKING.cue + "42}"}
+    assert said(seen.events, FINISHER) == ASKING.cue + "42}"
+    assert [step["sampled"] for step in others] == [ids_of(model, "2"), ids_of(model, "}")]
     assert [worker.answer for worker in seen.run.workers] == [None] * 3
     assert_agrees_with_oracle(seen)
 
@@ -836,14 +844,14 @@ def test_the_finisher_says_at_most_64_tokens(model):
     seen = record(model, 2, "combined", [[], []], finisher=ids_of(model, "7" * 100), prompts=ASKING, max_steps=2)
     assert seen.run.finisher_steps == 64
     assert seen.run.answer is None
-    assert seen.events[-1]["text"] == ASKING.cue + "7" * 64
+    assert said(seen.events, FINISHER) == ASKING.cue + "7" * 64
     assert seen.run.summary()["finisher_steps"] == 64
 
 
 def test_the_finisher_ends_with_end_of_sequence(model):
     seen = record(model, 2, "combined", [[], []], finisher=ids_of(model, "78", END), prompts=ASKING, max_steps=2)
     assert (seen.run.finisher_steps, seen.run.answer) == (3, None)
-    assert seen.events[-1]["text"] == ASKING.cue + "78"
+    assert said(seen.events, FINISHER) == ASKING.cue + "78"
 
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
@@ -860,7 +868,7 @@ def test_no_finisher_where_no_box_is_asked_for(model, layout):
     for prompts, problem in ((WORDS, PROBLEM), (replace(ASKING, boxed=False), "\\boxed{}?")):
         seen = record(model, 2, layout, [[], []], prompts=prompts, problem=problem, max_steps=2)
         assert (seen.run.finisher_steps, seen.finisher, seen.run.answer) == (0, [], None)
-        assert not any(e["do"] == "finisher" for e in seen.events)
+        assert not any(FINISHER in e.get("worker", "") for e in seen.events)
 
 
 # ---- independent
@@ -894,13 +902,13 @@ def test_the_majority_answers(model, texts, answer):
 
 def test_who_has_answered_stops_and_the_others_go_on(model):
     seen = answer_of(model, "\\boxed{7} more", "bbbbbbbbbbbbbbbbbbbbb \\boxed{8}")
-    assert ["Alice" in step for step in seen.fed()] == [True] * 8 + [False] * 22
+    assert ["Alice" in step for step in seen.fed()] == [True] * 9 + [False] * 22
     assert seen.run.summary()["workers"][0]["text"] == "\\boxed{7}"
 
 
 def test_each_worker_without_an_answer_has_a_finisher_of_its_own(model):
     run = Run(model, ASKED, 4, "independent", prompts=WORDS)
-    own = {name: view[-1] for name, view in run.finishers.items()}
+    own = {worker.name: finisher.name for worker, finisher in zip(run.workers, run.finishers, strict=True)}
     assert len(set(own.values())) == 4
     scripts = {own["Alice"]: ids_of(model, "8}"), own["Dave"]: ids_of(model, "55", END)}
     seen = answer_of(model, "a" * 20, "\\boxed{7}", "\\boxed{8}", "d", finisher=scripts, max_steps=12)
@@ -908,11 +916,14 @@ def test_each_worker_without_an_answer_has_a_finisher_of_its_own(model):
     assert first["views"] == [[COMMON, "Alice"], [COMMON, "Alice", own["Alice"]], [COMMON, "Dave", own["Dave"]]]
     assert [seen.text(ids) for ids in first["tokens"]] == ["a", WORDS.cue, WORDS.cue]
     assert [step["views"] for step in others] == [first["views"][1:], first["views"][2:]]
-    assert [worker.answer for worker in seen.run.workers] == ["8", "7", "8", None]
-    assert seen.run.answer == "8"
+    assert [worker.answer for worker in seen.run.workers] == [None, "7", "8", None]
+    assert [finisher.answer for finisher in seen.run.finishers] == ["8", None, None, None]
+    assert seen.run.answer == "8"  # the majority's
     assert (seen.run.finisher_steps, seen.run.stopped_by) == (3, "steps")
-    said = [(e["worker"], e["text"]) for e in seen.events if e["do"] == "finisher"]
-    assert said == [("Alice", WORDS.cue + "8}"), ("Dave", WORDS.cue + "55")]
+    assert said(seen.events, own["Alice"]) == WORDS.cue + "8}"
+    assert said(seen.events, own["Dave"]) == WORDS.cue + "55"
+    assert [said(seen.events, own[name]) for name in ("Bob", "Carol")] == ["", ""]
+    assert seen.run.summary()["finishers"] == {own["Alice"]: [WORDS.cue + "8}"], own["Dave"]: [WORDS.cue + "55"]}
     assert_agrees_with_oracle(seen)
 
 
@@ -924,13 +935,13 @@ def test_each_of_several_writes_what_it_would_write_alone(tmp_path, max_steps):
     together = record(model, 3, "independent", **options)
     streams = [worker.random for worker in Run(model, ASKED, 3, "independent", seed=5).workers]
     texts = []
-    for worker, stream in zip(together.run.workers, streams):
+    for worker, finisher, stream in zip(together.run.workers, together.run.finishers, streams, strict=True):
         alone = Run(model, prompts=WORDS, workers=1, **options)
         alone.workers[0].random = stream
-        said = [e["text"] for e in alone if e["do"] == "finisher"]
+        assert list(alone)
         assert worker.token_ids == alone.workers[0].token_ids
-        assert worker.answer == alone.answer
-        assert [e["text"] for e in together.events if e["do"] == "finisher" and e["worker"] == worker.name] == said
+        assert finisher.token_ids == alone.finishers[0].token_ids
+        assert (worker.answer or finisher.answer) == alone.answer
         texts.append(tuple(worker.token_ids))
     assert len(set(texts)) == 3
     assert min(map(len, texts)) > 5
@@ -993,7 +1004,7 @@ def test_tokens_come_from_the_last_row_of_the_worker_that_gets_them(model, layou
         for row, token in enumerate(step["sampled"]):
             if token is not None:
                 chosen += 1
-                assert token == logits[row if len(logits) > row else 0].argmax()
+                assert token == logits[row].argmax()
     assert chosen == sum(worker.tokens for worker in seen.run.workers)
     assert_agrees_with_oracle(seen)
 
@@ -1082,18 +1093,17 @@ def test_the_summary(model, layout):
     assert summary["tokens"] == sum(worker["tokens"] for worker in summary["workers"])
 
     words = {worker["name"]: ["" for _ in worker["paragraphs"]] for worker in summary["workers"]}
-    number = {name: -1 if layout != "independent" else 0 for name in words}
+    number = dict.fromkeys(words, -1)
     sampled, shown = Counter(), dict.fromkeys(words, "")
     for event in seen.events:
         if event["do"] == "begin":
             number[event["worker"]] += 1
             shown[event["worker"]] += event["text"]
-        elif event["do"] == "text":
+        elif event["do"] == "text" and event["worker"] in words:
             words[event["worker"]][number[event["worker"]]] += event["text"]
             shown[event["worker"]] += event["text"]
-    for step in seen.forward if layout != "independent" else [seen.prefill[-1], *seen.forward]:
-        owners = [view[-1] for view in step["views"]] if step["views"] != [[COMMON]] else list(words)
-        sampled.update(owner for owner, token in zip(owners, step["sampled"]) if token is not None)
+    for step in seen.forward:
+        sampled.update(view[-1] for view, token in zip(step["views"], step["sampled"]) if token is not None)
     for worker in summary["workers"]:
         assert worker["paragraphs"] == words[worker["name"]]
         assert worker["text"] == shown[worker["name"]]

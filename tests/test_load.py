@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from minihogwild import Config, InputError, Rope, Sampling, load
+from minihogwild import Config, InputError, Sampling, load
+from minihogwild.config import Rope
 from minihogwild.load import load_weights, parse_config, pick_device
 from minihogwild.memory import allocating
 

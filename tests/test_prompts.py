@@ -424,7 +424,7 @@ def test_a_file_overrides_what_it_gives_and_nothing_else(prompts_file):
     assert words == Prompts(check=" Again?", names=("Ann", "Ben"), boxed=False)
     assert words.cue == Prompts().cue
     assert load_prompts(prompts_file({})) == Prompts()
-    assert Prompts().names == NAMES
+    assert Prompts().names == tuple(NAMES.split())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from util import ROPES, config
 
-from minihogwild import Rope
+from minihogwild.config import Rope
 from minihogwild.oracle import frequencies, magnitude
 from minihogwild.rope import attention_factor, inverse_frequencies, rotate, rotation
 

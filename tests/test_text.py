@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from minihogwild import InputError
-from minihogwild.text import Tokenizer
+from minihogwild.text import Stream, Tokenizer
 
 # ---- tokenizers as found on the hub, small
 
@@ -516,7 +516,7 @@ def test_a_template_may_trim_the_message(trim: str):
 
 
 def pieces(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> list[str]:
-    stream = tokenizer.stream(before)
+    stream = Stream(tokenizer, before)
     return [stream.next(i) for i in ids]
 
 
@@ -635,7 +635,7 @@ def test_two_streams_do_not_disturb_each_other(style: str):
     ours, _ = pair(style)
     texts = ["the 👋 hen", "你 in the"]
     ids = [ours.encode(text) for text in texts]
-    streams, shown = [ours.stream(ours.encode(PREFIX)) for _ in texts], ["", ""]
+    streams, shown = [Stream(ours, ours.encode(PREFIX)) for _ in texts], ["", ""]
     for step in range(max(map(len, ids))):
         for worker in (0, 1):
             if step < len(ids[worker]):

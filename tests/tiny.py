@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from minihogwild import Model, load
-from minihogwild.load import checkpoint_table, empty_weights, parse_config
+from minihogwild.load import empty_weights, parse_config
 
 END = "<|end|>"  # end-of-sequence, as text
 
@@ -44,8 +44,7 @@ def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(settings))
     config = parse_config(settings)
-    weights = empty_weights(config, torch.float64, "cpu")
-    table = checkpoint_table(weights, config)
+    _, table = empty_weights(config, torch.float64, "cpu")
     random = torch.Generator().manual_seed(seed)
     for name, tensor in table.items():
         drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minihogwild import Cache, Config, Rope, Weights, forward
-from minihogwild.load import checkpoint_table, empty_weights
+from minihogwild import Cache, Config, Weights, forward
+from minihogwild.config import Rope
+from minihogwild.load import empty_weights
 from minihogwild.oracle import Oracle
 
 V = 61
@@ -68,9 +69,9 @@ def random_weights(
     config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, biases: bool = True, qk_norms: bool = False
 ) -> Weights:
     """Weights so large that attention is far from uniform, and what a token sees decides its logits."""
-    weights = empty_weights(config, dtype, "cpu", biases, qk_norms)
+    weights, parts = empty_weights(config, dtype, "cpu", biases, qk_norms)
     random = torch.Generator().manual_seed(seed)
-    for name, tensor in checkpoint_table(weights, config).items():
+    for name, tensor in parts.items():
         drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
         if name.endswith("norm.weight"):
             drawn = 1 + 0.3 * drawn
