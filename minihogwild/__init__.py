@@ -4,9 +4,12 @@ The generation loop is `minihogwild.generate.Run`; it is not imported here, sinc
 """
 
 from .cache import Cache, Plan
-from .config import Config, InputError, Weights
+from .config import Config, InputError, Layer, Rope, Weights
 from .load import Model, load
 from .model import forward
 from .sampling import Sampling, sample
 
-__all__ = ["Cache", "Config", "InputError", "Model", "Plan", "Sampling", "Weights", "forward", "load", "sample"]
+__all__ = [
+    "Cache", "Config", "InputError", "Layer", "Model", "Plan", "Rope", "Sampling", "Weights",
+    "forward", "load", "sample",
+]  # fmt: skip

@@ -33,18 +33,20 @@ FINISHER_TOKENS = 64
 
 @dataclass
 class Worker:
-    """One writer: what it has written, and what it feeds in the next step."""
+    """One writer, a worker or a finisher: what it has written, and what it feeds in the next step."""
 
     name: str
     view: list[str]  # blocks; the last is its own
     random: torch.Generator | None = None
     stream: Stream | None = None
-    pending: list[int] = field(default_factory=list)  # fed in the next step: a prefix, or one sampled token
+    pending: list[int] = field(default_factory=list)  # fed in the next step: what it begins with, or one sampled token
     token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes and sampled
     tokens: int = 0  # how many of them were sampled
-    paragraphs: list[str] = field(default_factory=list)  # sampled text of each, the last one still growing
+    paragraphs: list[str] = field(
+        default_factory=list
+    )  # sampled text of each (a finisher's: with its cue); the last grows
     active: bool = True
-    begins: bool = True  # `pending` is a prefix
+    begins: bool = True  # `pending` was not sampled
     answer: str | None = None
 
 
@@ -53,8 +55,8 @@ class Run:
 
         {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
         {"do": "move", "from", "to"}                   a finished paragraph went to the common block
-        {"do": "begin", "worker", "text"}              a prefix was queued, or a finisher's cue
-        {"do": "text", "worker", "text"}               readable text grew
+        {"do": "begin", "worker", "text"}              a prefix was queued (empty where workers are independent)
+        {"do": "text", "worker", "text"}               readable text grew; of a finisher, the cue comes first
         {"do": "retire", "worker"}                     the worker has ended its text
 
     The steps and moves, in order, are a schedule that can be replayed. `summary()` tells the result, at any time.
@@ -91,6 +93,7 @@ class Run:
         text = fill(text, problem=problem, n=workers, names=", ".join(names), first=names[0])
         encode = model.tokenizer.encode
         self.prompt = model.tokenizer.chat(text)
+        require(self.prompt, "the prompt is empty: it has no tokens")
         headers = {OTHERS: words.header_others, OWN: words.header_own, SEPARATOR: words.separator}
         self.headers = {block: encode(headers[block]) for block in self.rules.headers}
         self.workers = [Worker(name, self.rules.view(name, [n for n in names if n != name])) for name in names]
@@ -110,7 +113,7 @@ class Run:
 
     @property
     def answer(self) -> str | None:
-        """The first found, of the lowest worker; where they are independent, the majority's."""
+        """The first found, of the lowest worker; where they are independent, the majority's (of a tie, the first)."""
         found = [writer.answer for writer in (*self.workers, *self.finishers) if writer.answer is not None]
         return Counter(found[:1] if self.shared else found).most_common(1)[0][0] if found else None
 
@@ -131,7 +134,7 @@ class Run:
         size = len(self.prompt) + sum(map(len, headers.values())) + self.finisher_room + len(self.workers)
         too_long = f"the prompt is {len(self.prompt)} tokens long, too long for a context of {config.context}"
         require(size <= config.context, too_long)
-        chunk = PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))
+        chunk = PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))  # of the longest step: the last
         chunk = max(1, min(chunk, PREFILL_CHUNK))
         steps = [([[COMMON]], [prompt[start : start + chunk]]) for start in range(0, len(prompt), chunk)]
         if headers:
@@ -173,7 +176,7 @@ class Run:
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
         config = self.model.config
-        scores = config.num_attention_heads * plan.mask.nbytes  # with their softmax and the rotated queries,
+        scores = config.num_attention_heads * plan.mask.nbytes  # with softmax and rotated queries (D 128): 4 times that
         with allocating(4 * scores, f"a step of {len(flat)} tokens", self.model.device):
             return forward(flat, self.model.weights, config, self.cache, plan)
 
@@ -188,7 +191,7 @@ class Run:
             text += self.words.check
             prefix += encode(self.words.check)
         worker.token_ids += prefix
-        worker.pending = prefix or self.prompt[-1:]
+        worker.pending = prefix if self.shared else self.prompt[-1:]
         worker.begins = True
         worker.stream = Stream(self.model.tokenizer, prefix or self.prompt[-8:])
         return {"do": "begin", "worker": worker.name, "text": text}
@@ -253,19 +256,19 @@ class Run:
             ]
 
     def summary(self) -> dict:
-        """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` only what was sampled."""
+        """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` what was sampled."""
         own = ("forward_steps", "finisher_steps", "seconds", "answer", "stopped_by", "layout", "seed")
-        of_worker = ("name", "answer", "tokens", "token_ids", "paragraphs")
+        of_writer = ("name", "answer", "tokens", "token_ids", "paragraphs")
         result = {"model": self.model.name, **{key: getattr(self, key) for key in own}}
         result["sampling"] = vars(self.sampling)
         result["prompt_tokens"] = len(self.prompt)
         result["tokens"] = sum(worker.tokens for worker in self.workers)
         result["tokens_per_second"] = result["tokens"] / self.seconds if self.seconds else 0.0
         result["ms_per_step"] = 1000 * self.seconds / max(self.forward_steps, 1)
-        result["workers"] = [{key: getattr(worker, key) for key in of_worker} for worker in self.workers]
-        for worker in result["workers"]:
-            worker["text"] = self.model.tokenizer.decode(worker["token_ids"])
-        result["finishers"] = {finisher.name: finisher.paragraphs for finisher in self.finishers if finisher.tokens}
+        for kind, writers in (("workers", self.workers), ("finishers", [f for f in self.finishers if f.tokens])):
+            result[kind] = [{key: getattr(writer, key) for key in of_writer} for writer in writers]
+            for writer in result[kind]:
+                writer["text"] = self.model.tokenizer.decode(writer["token_ids"])
         return result
 
 
@@ -278,23 +281,26 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may writ
 class Printer:
     """Prints a run's text as it grows: one worker's as it comes, several workers' line by line, each with its name."""
 
-    def __init__(self, workers: int):
-        self.alone = workers == 1
-        self.growing: dict[str, str] = defaultdict(str)  # by worker: its unfinished line
+    def __init__(self, workers: list[str]):
+        self.workers, self.alone = workers, len(workers) == 1
+        self.growing: dict[str, str] = defaultdict(str)  # by writer: its unfinished line
 
     def show(self, name: str, text: str, ends: bool = False) -> None:
         text = CONTROL_CODES.sub("", text)
         if self.alone:
             print(text, end="", flush=True)
             return
+        if name not in self.workers:  # a finisher speaks after all of them
+            for worker in self.workers:
+                self.show(worker, "", ends=True)
         *lines, self.growing[name] = (self.growing[name] + text + "\n" * ends).split("\n")
         for line in filter(str.strip, lines):
             print(f"{name}: {line.strip()}", flush=True)
 
     def finish(self) -> None:
         if self.alone:
-            print()
-        for name in self.growing:
+            print(flush=True)
+        for name in list(self.growing):
             self.show(name, "", ends=True)
 
 
@@ -338,8 +344,8 @@ def read_prompt(given: str | None) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
-    out = options.json.resolve() if options.json else None
-    writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not out.exists()))
+    out = Path(os.path.realpath(options.json)) if options.json else None
+    writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out)))
     require(writable, f"--json {options.json}: no file can be written there")
     prompt = read_prompt(options.prompt)
     prompts = load_prompts(options.prompts) if options.prompts else None
@@ -348,7 +354,7 @@ def command(options: argparse.Namespace) -> int:
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
-    printer = Printer(options.workers)
+    printer = Printer([worker.name for worker in run.workers])
     try:
         for event in run:
             if "worker" in event:

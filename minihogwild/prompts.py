@@ -45,9 +45,11 @@ The problem:
             wanted = {"names": tuple, "boxed": bool}.get(name, str)
             require(isinstance(value, wanted), f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
             require(not re.search("[\ud800-\udfff]", str(value)), f"prompts: {name} is not valid Unicode")
-        texts = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
+        texts = all(
+            isinstance(name, str) and name and not re.search("[\x00-\x1f\ud800-\udfff]", name) for name in self.names
+        )
         differ = texts and len(set(self.names)) == len(self.names)
-        require(differ, f"prompts: names must be printable strings that differ, not {list(self.names)}")
+        require(differ, f"prompts: names must be lines of text that differ, not {list(self.names)}")
         require(self.prefix.strip() and self.cue.strip(), "prompts: prefix and cue must not be empty")
 
 

@@ -923,7 +923,9 @@ def test_each_worker_without_an_answer_has_a_finisher_of_its_own(model):
     assert said(seen.events, own["Alice"]) == WORDS.cue + "8}"
     assert said(seen.events, own["Dave"]) == WORDS.cue + "55"
     assert [said(seen.events, own[name]) for name in ("Bob", "Carol")] == ["", ""]
-    assert seen.run.summary()["finishers"] == {own["Alice"]: [WORDS.cue + "8}"], own["Dave"]: [WORDS.cue + "55"]}
+    told = [(f["name"], f["answer"], f["paragraphs"], f["text"]) for f in seen.run.summary()["finishers"]]
+    alice, dave = (own["Alice"], "8", [WORDS.cue + "8}"], "8}"), (own["Dave"], None, [WORDS.cue + "55"], "55")
+    assert told == [alice, dave]
     assert_agrees_with_oracle(seen)
 
 
