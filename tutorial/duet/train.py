@@ -1,0 +1,309 @@
+"""Trains duet from scratch, on one GPU: `python tutorial/duet/train.py --out minihogwild/duet`.
+
+The engine feeds a transcript step by step; here all of its tokens go through the model at once. A token has two homes:
+the block that its worker wrote it to, and, once its paragraph has moved, the common block. So each token's key is
+there twice, rotated to either place, and a mask says which of the two a row may see: the first from the step in which
+it was fed until the paragraph moved, the second from then on. As in the engine, a query is rotated once per block.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from sheets import END, Encoder, Row, make_sheet, make_tokenizer, save_words, transcript
+from torch import Tensor
+
+from minihogwild.config import Config, Weights
+from minihogwild.layouts import COMMON, LAYOUTS
+from minihogwild.load import empty_weights, parse_config
+from minihogwild.prompts import NAMES
+
+DEFAULT_PROBLEM_SEED = 7
+
+
+# ---- transcripts as tensors
+
+
+@dataclass
+class Batch:
+    """Transcripts of one layout and number of workers. Z transcripts, T rows, B blocks (the common one first).
+
+    Keys where they were written lie by block: S[b] slots for each, C in all.
+    """
+
+    sizes: list[int]  # S, [B]
+    moves: bool  # do paragraphs move at all
+    tokens: Tensor  # [Z, T]
+    targets: Tensor  # [Z, T]
+    index: Tensor  # [Z, T]: in the own block
+    home: Tensor  # [Z, T]: in the common block, once moved
+    step: Tensor  # [Z, T]; places that are not used come last, and late
+    moved: Tensor  # [Z, T]: the step after which the row's paragraph moves
+    block: Tensor  # [Z, T]
+    distance: Tensor  # [Z, T, B]: from a block's start to the row, in the row's view
+    slots: Tensor  # [Z, C]: the row whose key lies there; -1 for none
+    views: Tensor  # [B, B]: does the block's writer see that block
+
+    def to(self, device: str) -> "Batch":
+        fields = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**fields)
+
+
+LATE = 10**6  # after all steps
+
+
+def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
+    """What is seen by whoever writes to a block: headers see the prompt, and themselves."""
+    views = {COMMON: [COMMON], **{header: [COMMON, header] for header in LAYOUTS[layout].headers}}
+    return views | {name: LAYOUTS[layout].view(name, [n for n in names if n != name]) for name in names}
+
+
+def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> Batch:
+    Z, T, B = len(transcripts), max(map(len, transcripts)), len(views_of(layout, names[0]))
+    fields = torch.tensor([0, -100, 0, 0, 2 * LATE, LATE, 0]).repeat(Z, T, 1)
+    distance = torch.zeros(Z, T, B, dtype=torch.int64)
+    rows_of = []  # for each transcript and block
+    for z, (rows, team) in enumerate(zip(transcripts, names)):
+        views = views_of(layout, team)
+        order = {block: b for b, block in enumerate(views)}
+        own = [(r.token, r.target, r.index, r.home, r.step, r.moved, order[r.block]) for r in rows]
+        fields[z, : len(rows)] = torch.tensor(own)
+        _, _, index, _, step, moved, block = fields[z, : len(rows)].unbind(1)
+        rows_of.append([(block == b).nonzero()[:, 0] for b in range(B)])
+
+        lengths = torch.zeros(B, int(step.max()) + 2, dtype=torch.int64)  # of each block, after the writes of a step
+        lengths.index_put_((block, step), torch.tensor(1), accumulate=True)
+        gone = moved < LATE
+        lengths.index_put_((block[gone], moved[gone] + 1), torch.tensor(-1), accumulate=True)
+        lengths.index_put_((torch.zeros_like(block[gone]), moved[gone] + 1), torch.tensor(1), accumulate=True)
+        lengths = lengths.cumsum(1)
+        begins = torch.zeros(B, *lengths.shape, dtype=torch.int64)  # of a block in the view of each block's writer
+        for b, view in enumerate(views.values()):
+            seen = torch.tensor([order[other] for other in view])
+            begins[b, seen[1:]] = lengths[seen[:-1]].cumsum(0)
+        position = begins[block, block, step] + index
+        distance[z, : len(rows)] = position[:, None] - begins[block, :, step]
+
+    sizes = [max(len(blocks[b]) for blocks in rows_of) for b in range(B)]
+    slots = [[F.pad(rows, (0, size - len(rows)), value=-1) for rows, size in zip(blocks, sizes)] for blocks in rows_of]
+    return Batch(
+        sizes,
+        LAYOUTS[layout].paragraphs,
+        *fields.unbind(2),
+        distance,
+        slots=torch.stack([torch.cat(blocks) for blocks in slots]),
+        views=torch.tensor([[other in view for other in views] for view in views.values()]),
+    )
+
+
+def visible(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which keys each row sees: where they were written, [Z, T, C], and where they have moved to, [Z, T, T]."""
+    fields = (batch.step, batch.moved, batch.index, batch.block)
+    step, moved, index, block = (field[:, :, None] for field in fields)
+    written, leaves, place, home = (field.gather(1, batch.slots.clamp(min=0))[:, None] for field in fields)
+    same = (block == home) & (moved == leaves) & (index >= place)
+    others = (block != home) & batch.views[block, home] & (written <= step) & (step <= leaves)
+    used = (batch.slots >= 0)[:, None] & (step < LATE)
+    return used & (same | others), (batch.moved[:, None] < step) & (step < LATE)
+
+
+# ---- the forward
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate [..., D] by the complex numbers [..., D / 2]; never in less than float32."""
+    a, b = x.to(turns.real.dtype).chunk(2, -1)
+    turned = torch.complex(a, b) * turns
+    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+
+
+def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
+    """Logits [Z, T, V] after every token of the transcripts."""
+    H, D = config.num_attention_heads, config.head_dim
+    assert config.num_key_value_heads == H  # no groups: this is for duet
+    x = F.embedding(batch.tokens, weights.embed)  # [Z, T, E]
+    half = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
+    frequencies = config.rope.rope_theta ** (-half / D)
+
+    def turns(positions: Tensor) -> Tensor:
+        angles = positions[..., None, None] * frequencies
+        return torch.polar(torch.ones_like(angles), angles).to(x.dtype.to_complex())
+
+    to_row, to_index, to_home = turns(batch.distance), turns(batch.index), turns(batch.home)
+    mask = torch.cat(visible(batch)[: 1 + batch.moves], -1)[:, None]  # [Z, 1, T, C or C + T]
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    slots = batch.slots.clamp(min=0)[:, :, None, None]
+    mask = torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill_(~mask, -math.inf)
+    mask[..., 0] = mask[..., 0].where(mask.amax(-1) == 0, 0)  # rows that are not used see something: no NaN
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
+
+    for layer in weights.layers:
+        q, k, v = F.linear(norm(x, layer.attn_norm), layer.qkv).unflatten(-1, (3 * H, D)).chunk(3, -2)  # [Z, T, H, D]
+        queries = turn(q[:, :, None] / D**0.5, to_row).permute(2, 0, 3, 1, 4).unbind()  # B times [Z, H, T, D]
+        # Where they were written, a block's keys meet the queries that are rotated for it;
+        keys, values = turn(k, to_index).take_along_dim(slots, 1), v.take_along_dim(slots, 1)  # [Z, C, H, D]
+        scores = [q @ k.permute(0, 2, 3, 1) for q, k in zip(queries, keys.split(batch.sizes, 1))]
+        if batch.moves:  # where they have moved to, those for the common block
+            scores.append(queries[0] @ turn(k, to_home).permute(0, 2, 3, 1))
+            values = torch.cat((values, v), 1)
+        scores = torch.cat(scores, -1) + mask
+        with torch.autocast(x.device.type, enabled=False):  # which would take float32, and twice the memory traffic
+            mixed = scores.softmax(-1) @ values.transpose(1, 2).to(scores.dtype)
+        x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
+        gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
+        x = x + F.linear(F.silu(gate) * up, layer.down)
+    return F.linear(norm(x, weights.norm), weights.head)
+
+
+# ---- training
+
+
+SETTINGS = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+# (layout, workers): how often. Five and eight workers are never seen, nor are more than 14 lines.
+LESSONS = {
+    ("combined", 1): 2, ("combined", 2): 5, ("combined", 3): 5, ("combined", 4): 6, ("combined", 6): 4,
+    ("contiguous", 2): 1, ("contiguous", 3): 1, ("contiguous", 4): 1, ("independent", 1): 3,
+}  # fmt: skip
+
+
+class Lessons(torch.utils.data.IterableDataset):
+    """Batches without end, each of one layout and number of workers; reproducible for one seed and number of loaders."""
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {info.id if info else 0}")
+        encode, names = Encoder(make_tokenizer()), NAMES.split()[:8]
+        while True:
+            (layout, workers) = rng.choices(list(LESSONS), LESSONS.values())[0]
+            lesson = []
+            for _ in range(4 * self.size):
+                lines = rng.choice([12, 12, rng.randint(1, 14)])
+                first = rng.choice([0, rng.randint(0, 26 - lines)])  # any letters, so that longer sheets are no news
+                sheet = make_sheet(rng, lines, rng.choice([1 / 3, 1 / 3, rng.uniform(0, 0.7)]), first)
+                team = sorted(rng.sample(names, workers))  # nor is a larger team
+                lesson.append((transcript(sheet, team, layout, encode)[0], team))
+            lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
+            for n in rng.sample(range(0, len(lesson), self.size), 4):
+                transcripts, teams = zip(*lesson[n : n + self.size])
+                yield make_batch(transcripts, teams, layout)
+
+
+def initialise(config: Config, seed: int, device: str) -> tuple[Weights, dict[str, Tensor]]:
+    """Weights of the usual size, float32: normal, 0.02, those that write to the residual smaller; norms are 1."""
+    weights, parts = empty_weights(config, torch.float32, "cpu")
+    random_numbers = torch.Generator().manual_seed(seed)
+    for name, part in parts.items():
+        scale = (
+            0.02 / (2 * config.num_hidden_layers) ** 0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight"))
+            else 0.02
+        )
+        part.copy_(
+            torch.ones(part.shape) if part.dim() == 1 else scale * torch.randn(part.shape, generator=random_numbers)
+        )
+    for holder in (weights, *weights.layers):
+        for name, tensor in vars(holder).items():
+            if isinstance(tensor, Tensor):
+                setattr(holder, name, tensor.to(device).requires_grad_())
+    weights.head = weights.embed
+    return weights, parts
+
+
+def parameters(weights: Weights) -> list[Tensor]:
+    return [
+        weights.embed,
+        weights.norm,
+        *(t for layer in weights.layers for t in vars(layer).values() if t is not None),
+    ]
+
+
+def save(weights: Weights, config: Config, folder: Path) -> None:
+    """A model folder as any other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored, parts = empty_weights(config, torch.bfloat16, "cpu")
+    with torch.no_grad():
+        for target, source in zip(parameters(stored), parameters(weights), strict=True):
+            target.copy_(source)
+    save_file({name: part.clone() for name, part in parts.items()}, folder / "model.safetensors", {"format": "pt"})
+    end = make_tokenizer().token_to_id(END)
+    settings = SETTINGS | {"vocab_size": config.vocab_size, "bos_token_id": None, "eos_token_id": end}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_words(folder, str(make_sheet(random.Random(DEFAULT_PROBLEM_SEED))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains duet.")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--batch", type=int, default=64, help="transcripts")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loaders", type=int, default=14, help="processes that write transcripts")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    config = parse_config(SETTINGS | {"vocab_size": make_tokenizer().get_vocab_size()})
+    weights, _ = initialise(config, options.seed, device)
+    matrices = [p for p in parameters(weights) if p.dim() == 2]
+    vectors = [p for p in parameters(weights) if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=device == "cuda")
+    loader = torch.utils.data.DataLoader(
+        Lessons(options.seed, options.batch), batch_size=None, num_workers=options.loaders, pin_memory=device == "cuda"
+    )
+    began, losses = time.time(), []
+    for n, batch in enumerate(loader):
+        share = (time.time() - began) / (60 * options.minutes)  # of the time: the schedule follows the clock
+        if share >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate * min(1, (n + 1) / 200) * max(0.01, min(1, 1.25 * (1 - share)))
+        batch = batch.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            logits = forward(batch, weights, config)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters(weights), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        if n % 100 == 0:
+            wrong = ((logits.argmax(-1) != batch.targets) & (batch.targets >= 0)).float().sum() / len(batch.tokens)
+            loss = torch.stack(losses[-100:]).mean()
+            print(
+                f"{time.time() - began:6.0f} s  batch {n:6d}  loss {loss:.5f}  wrong tokens a transcript {wrong:.3f}",
+                flush=True,
+            )
+    save(weights, config, options.out)
+
+
+if __name__ == "__main__":
+    main()
