@@ -275,6 +275,8 @@ class Run:
 # ---- the command
 
 
+DUET = Path(__file__).with_name("duet")
+PACE = 15  # steps a second that an eye can follow
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write any; no terminal should obey
 
 
@@ -316,7 +318,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the problem; without it, or as -, it is read from standard input")
-    add("--model", required=True, help="a model folder, or the name of a hub repository")
+    add("--model", default=str(DUET), help="a model folder, or a hub repository's name (default: duet, bundled)")
     add("--workers", type=int, default=2, choices=range(1, 17), metavar="N", help="1 to 16 (default: 2)")
     add("--layout", choices=LAYOUTS, help="what workers see of each other (default: combined; independent for one)")
     add("--max-steps", type=int, default=1024, metavar="N", help="forward passes after the prompt (default: 1024)")
@@ -328,18 +330,25 @@ def arguments() -> argparse.ArgumentParser:
     add("--prompts", type=Path, metavar="FILE", help="the words that make workers cooperate, as JSON")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add(
+        "--pace",
+        type=float,
+        metavar="N",
+        help=f"at most N steps a second; 0: any (default: {PACE} on a terminal, else 0)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     return parser
 
 
-def read_prompt(given: str | None) -> str:
+def read_prompt(given: str | None, default: str) -> str:
     if given in (None, "-"):
         terminal = given is None and (sys.stdin is None or sys.stdin.isatty())
-        require(not terminal, "no prompt: give it as an argument, or on standard input")
-        given = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        given = "" if terminal else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        if not given.strip() and default:
+            print(given := default, end="\n\n", flush=True)
     # An argument may hold stray bytes too
     require(not re.search("[\ud800-\udfff]", given), "the prompt is not valid UTF-8")
-    require(given.strip(), "the prompt is empty")
+    require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
     return given
 
 
@@ -347,16 +356,24 @@ def command(options: argparse.Namespace) -> int:
     out = Path(os.path.realpath(options.json)) if options.json else None
     writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out)))
     require(writable, f"--json {options.json}: no file can be written there")
-    prompt = read_prompt(options.prompt)
-    prompts = load_prompts(options.prompts) if options.prompts else None
+    pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
+    require(0 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none) or more")
+    words = options.prompts or Path(options.model) / "prompts.json"
+    prompts = load_prompts(words) if options.prompts or words.exists() else Prompts()
+    prompt = read_prompt(options.prompt, prompts.problem)
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
+    prompts = prompts if options.prompts else None  # the folder of a hub repository may have its own
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
+    due = time.monotonic()
     printer = Printer([worker.name for worker in run.workers])
     try:
         for event in run:
+            if event["do"] == "step" and pace:
+                time.sleep(max(0, due - time.monotonic()))
+                due = max(due, time.monotonic()) + 1 / pace
             if "worker" in event:
                 grows = event["do"] == "text"
                 printer.show(event["worker"], event["text"] if grows else "", ends=not grows)

@@ -38,6 +38,7 @@ The problem:
     check: str = " Quick check: am I repeating what somebody else already does? Yes or no:"
     cue: str = "\n\nNo time is left. From all the work above, the final answer is \\boxed{"
     names: tuple[str, ...] = tuple(NAMES.split())
+    problem: str = ""  # what is asked where the user asks nothing
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
 
     def __post_init__(self):

@@ -180,6 +180,20 @@ def test_a_terminal_does_not_obey_what_a_model_writes(command, script, workers):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out + err)
 
 
+def test_a_models_own_problem_where_nothing_is_asked(folder, command, tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({**SAYS, "problem": "What now?\nAnd then?"}))
+    path = tmp_path / "result.json"
+    for stdin, shown in ((b"", True), (b" \n", True), (b"Who?", False)):
+        options = ["--prompts", words, "--max-steps", 2, "--json", path]
+        code, out, _ = command(*options, stdin=stdin)
+        assert code == 0
+        assert out.startswith("What now?\nAnd then?\n\n") == shown
+        asked = "What now?\nAnd then?" if shown else "Who?"
+        assert json.loads(path.read_text())["prompt_tokens"] == len(f"Alice, Bob: {asked}\n")
+    assert command("Who?", *options)[1].startswith("Alice")
+
+
 def test_a_prompt_from_everywhere(command, tmp_path):
     results = {}
     words = "How much is 2 + 3, in 日本語?"
@@ -398,18 +412,11 @@ def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
     assert_one_line(err, "nobody/nothing")
 
 
-def test_no_model_gives_one_line(capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["hi"])
-    assert leaving.value.code == 2
-    assert_one_line(capsys.readouterr().err, "--model")
-
-
 def test_no_prompt_on_a_terminal_gives_one_line(folder, capsys, monkeypatch):
     for stdin in (None, type("Terminal", (), {"isatty": lambda self: True})()):
         monkeypatch.setattr(sys, "stdin", stdin)
         assert main(["--model", str(folder)]) == 2
-        assert_one_line(capsys.readouterr().err, "no prompt")
+        assert_one_line(capsys.readouterr().err, "prompt is empty", "standard input")
 
 
 def test_bytes_that_are_no_text_on_standard_input_give_one_line(command):

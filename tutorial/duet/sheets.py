@@ -186,31 +186,32 @@ def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> 
                 choosing.append(name)
                 if tokens == ends_of_line:
                     done.add(finishing.pop(name))
-        if rules.paragraphs:
-            for name in [name for name in choosing if pending[name] == ends_of_line]:
+        for name in list(choosing):
+            closes, retires = pending[name] == ends_of_line and rules.paragraphs, pending[name] == [end]
+            if closes or (retires and rules.moves_retired):
                 for row in paragraphs[name]:
                     row.moved, row.home = step, common
                     common += 1
+            if closes:
                 pending[name] = begin(name)
+            if retires:
+                del pending[name]
+            if closes or retires:
                 choosing.remove(name)
         left = [line for line in sheet.lines if line not in begun]
         ready = [line for line in left if {*sheet.lines[line]} <= done or sheet.lines[line][0] not in values]
         for rank, name in enumerate(choosing):
-            if pending[name] == [end]:
-                continue
             if rank < len(ready):
                 line = finishing[name] = ready[rank]
                 begun.add(line)
                 planned[name] = encode(work(sheet, line, values))
             else:
                 planned[name] = waiting if rank < len(left) else [*encode(NOTHING), end]
-        for name in list(pending):
+        for name in pending:
             if planned[name]:
-                token, planned[name] = planned[name][0], planned[name][1:]
+                token, *planned[name] = planned[name]
                 paragraphs[name][-1].target = token
                 pending[name] = [token]
-            elif pending[name] == [end]:
-                del pending[name]
     return rows, step - 1
 
 
@@ -226,4 +227,4 @@ def save_words(folder: Path, problem: str) -> None:
         "prompts.json": {**words, "problem": problem},
     }.items():
         (folder / name).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content | trim }}\n")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content | trim }}{{ '\\n' }}\n")

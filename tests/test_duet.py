@@ -1,0 +1,339 @@
+"""The bundled model: what it was taught, how, and whether it does it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import train
+from evaluate import SEED, evaluate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sheets import (
+    END,
+    END_OF_LINE,
+    LETTERS,
+    NOTHING,
+    WORDS,
+    Encoder,
+    Row,
+    Sheet,
+    make_sheet,
+    make_tokenizer,
+    transcript,
+    work,
+)
+from util import random_weights
+
+from minihogwild import Cache, forward, generate, load
+from minihogwild.generate import DUET, Run, main
+from minihogwild.layouts import COMMON
+from minihogwild.load import empty_weights, parse_config
+from minihogwild.prompts import NAMES, Prompts, load_prompts
+
+TEAM = NAMES.split()
+LESSONS = [("combined", 1), ("combined", 2), ("combined", 4), ("interleaved", 3), ("contiguous", 3), ("independent", 1)]
+
+
+@pytest.fixture(scope="module")
+def encode() -> Encoder:
+    return Encoder(make_tokenizer())
+
+
+# ---- sheets
+
+
+@given(seed=st.integers(0, 2**32), lines=st.integers(1, 26), dependent=st.floats(0, 1))
+def test_sheets(seed, lines, dependent):
+    sheet = make_sheet(random.Random(seed), lines, dependent)
+    assert list(sheet.lines) == list(LETTERS[:lines])
+    values: dict[str, int] = {}
+    for line in str(sheet).splitlines():  # Python works them out
+        exec(line, {"__builtins__": {}}, values)
+    assert values == sheet.values
+    for n, operands in enumerate(sheet.lines.values()):
+        for operand in operands:
+            assert operand in LETTERS[:n] if isinstance(operand, str) else 0 <= operand <= 999
+        assert len({*operands}) == 2 or isinstance(operands[0], int)
+
+
+def test_how_often_a_line_needs_others():
+    sheets = [make_sheet(random.Random(seed)) for seed in range(500)]
+    assert all(isinstance(x, int) for sheet in sheets for name in "ab" for x in sheet.lines[name])
+    later = [isinstance(x, str) for sheet in sheets for x, _ in list(sheet.lines.values())[2:]]
+    assert 0.30 < sum(later) / len(later) < 0.37
+    numbers = [str(x) for sheet in sheets for operands in sheet.lines.values() for x in operands if isinstance(x, int)]
+    assert {1, 2, 3} == {len(number) for number in numbers}
+    assert all(0.3 < sum(len(number) == n for number in numbers) / len(numbers) < 0.37 for n in (1, 2, 3))
+
+
+@given(seed=st.integers(0, 2**32))
+def test_the_work_is_right(seed):
+    sheet = make_sheet(random.Random(seed), 12, 0.6)
+    for name, operands in sheet.lines.items():
+        text = work(sheet, name, sheet.values)
+        assert text.endswith(END_OF_LINE)
+        head, columns, result = re.fullmatch(r"(.*): (.*), so (.*)\.\n\n", text).groups()
+        assert result == f"{name} = {sheet.values[name]}"
+        *given, last = head.removeprefix(f"{name} = ").split(" = ")
+        assert sum(map(int, last.split(" + "))) == sheet.values[name]
+        assert given == ([" + ".join(operands)] if isinstance(operands[0], str) else [])
+        digits = ""
+        for column in columns.split(", "):
+            left, right = column.split("=")
+            assert sum(map(int, left.split("+"))) == int(right)
+            assert len(right) == 1 or int(right) < 20
+            digits = right[-1] + digits
+        assert int(columns.split("=")[-1][:-1] + digits) == sheet.values[name]
+
+
+def test_a_known_paragraph():
+    sheet = Sheet({"a": (30, 45), "b": (7, 118), "c": ("a", "b")})
+    assert work(sheet, "c", sheet.values) == "c = a + b = 75 + 125: 5+5=10, 7+2+1=10, 0+1+1=2, so c = 200.\n\n"
+    assert work(sheet, "b", sheet.values) == "b = 7 + 118: 7+8=15, 0+1+1=2, 0+1=1, so b = 125.\n\n"
+
+
+def test_each_word_is_one_token(encode):
+    assert all(len(encode(word)) == 1 for word in WORDS)
+    for text in (str(make_sheet(random.Random(1), 26)), "日本 **Alice** nothing, left", END):
+        assert encode.tokenizer.decode(encode(text), skip_special_tokens=False) == text
+
+
+# ---- the expert
+
+
+def blocks_of(rows: list[Row]) -> dict[str, list[Row]]:
+    return {block: [row for row in rows if row.block == block] for block in {row.block: None for row in rows}}
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32), case=st.sampled_from(LESSONS), lines=st.integers(1, 13))
+def test_the_expert_does_everything_once(seed, case, lines):
+    layout, workers = case
+    encode, sheet = Encoder(make_tokenizer()), make_sheet(random.Random(seed), lines, 0.5)
+    rows, steps = transcript(sheet, TEAM[:workers], layout, encode)
+    assert max(row.step for row in rows) == steps + 1  # prompt and headers are fed in 0 and 1
+    done: dict[str, int] = {}  # line -> the step in which its end is fed
+    begun: dict[str, int] = {}
+    for name in TEAM[:workers]:
+        mine = blocks_of(rows)[name]
+        for row, after in itertools.pairwise(mine):  # what is sampled is fed in the next step
+            assert row.target in (-100, after.token)
+            assert row.target == -100 or after.step == row.step + 1
+        text = encode.tokenizer.decode([row.token for row in mine], skip_special_tokens=False)
+        assert text.count(END) == text.count(NOTHING) == 1
+        assert text.endswith(NOTHING + END)
+        at = [row.step for row in mine for _ in encode.tokenizer.decode([row.token], skip_special_tokens=False)]
+        for match in re.finditer(r"(?:(?<=\n)|(?<=…)|(?<=\*\* ))([a-z]) = [^.]*so \1 = (\d+)\.\n\n", text):
+            line, value = match.groups()
+            assert line not in begun
+            assert int(value) == sheet.values[line]
+            begun[line], done[line] = at[match.start()], at[match.end() - 1]
+    assert done.keys() == sheet.lines.keys()
+    for line, needed in sheet.lines.items():
+        if isinstance(needed[0], str):  # it is sampled in the step before, from rows that see the results
+            assert all(done[name] <= begun[line] - 1 for name in needed)
+
+
+def test_the_expert_takes_what_is_ready(encode):
+    sheet = Sheet({"a": (1, 1), "b": (100, 200), "c": ("a", "b"), "d": (3, 4), "e": ("c", "d")})
+    rows, _ = transcript(sheet, TEAM[:2], "combined", encode)
+    texts = {
+        name: encode.tokenizer.decode([row.token for row in blocks_of(rows)[name]], skip_special_tokens=False)
+        for name in TEAM[:2]
+    }
+    claims = {name: re.findall(r"\]:\*\* (…*)(\w)", text) for name, text in texts.items()}
+    assert [line for _, line in claims["Alice"]][:3] == ["a", "d", "c"]  # c needs what Bob is still at
+    assert [line for _, line in claims["Bob"]][:1] == ["b"]
+    waited = [wait for lines in claims.values() for wait, line in lines if line == "e"]
+    assert len(waited) == 1
+    assert len(waited[0]) > 5  # e needs c
+
+
+def test_more_workers_than_lines(encode):
+    rows, _ = transcript(make_sheet(random.Random(0), 2), TEAM[:4], "combined", encode)
+    for name in ("Carol", "Dave"):
+        tokens = [row.token for row in blocks_of(rows)[name]]
+        assert encode.tokenizer.decode(tokens) == f"**{name} [1]:** {NOTHING}"
+
+
+# ---- the training forward
+
+
+def tiny_config():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    more = {"head_dim": 16, "intermediate_size": 48, "vocab_size": make_tokenizer().get_vocab_size()}
+    return parse_config({**train.SETTINGS, **shape, **more})
+
+
+@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+def test_all_at_once_equals_the_engine_step_by_step(encode, layout, workers):
+    """Token by token, on transcripts of different lengths in one batch."""
+    rng, config = random.Random(layout), tiny_config()
+    weights = random_weights(config, torch.float64, biases=False)
+    teams = [sorted(rng.sample(TEAM, workers)) for _ in range(3)]
+    transcripts = [
+        transcript(make_sheet(rng, lines, 0.5), team, layout, encode)[0] for lines, team in zip((2, 5, 7), teams)
+    ]
+    with torch.no_grad():
+        logits = train.forward(train.make_batch(transcripts, teams, layout), weights, config)
+    for together, rows, team in zip(logits, transcripts, teams):
+        views = train.views_of(layout, team)
+        cache, checked = Cache(config, list(views), torch.float64), 0
+        for step in range(max(row.step for row in rows) + 1):
+            if not (fed := [(n, row) for n, row in enumerate(rows) if row.step == step]):
+                continue
+            writers = {row.block: None for _, row in fed}
+            chunks = [[(n, row) for n, row in fed if row.block == block] for block in writers]
+            # A chunk gives logits for its last token alone: feed the prompt one by one
+            for chunk in zip(*chunks) if step < 2 and len(chunks) == 1 else [tuple(itertools.chain(*chunks))]:
+                counts = [sum(row.block == block for _, row in chunk) for block in writers]
+                plan = cache.extend([views[block] for block in writers], counts)
+                ours = forward(torch.tensor([row.token for _, row in chunk]), weights, config, cache, plan)
+                last = [[n for n, row in chunk if row.block == block][-1] for block in writers]
+                theirs = together[last]
+                checked += len(last)
+                assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+            for block in writers:
+                if any(row.moved == step for _, row in fed if row.block == block):
+                    cache.move(block, COMMON)
+        assert checked > 60
+
+
+@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+def test_transcripts_are_what_the_loop_would_do(encode, layout, workers, monkeypatch):
+    """The loop, given the expert's choices, feeds the same tokens in the same steps to the same blocks."""
+    model = load(DUET, "float32", "cpu")
+    team = TEAM[:workers]
+    sheet = make_sheet(random.Random(3), 7, 0.5)
+    rows, steps = transcript(sheet, team, layout, encode)
+    run = Run(model, str(sheet), workers, layout, prompts=load_prompts(DUET / "prompts.json"))
+    of_worker = {id(worker.random): worker.name for worker in run.workers}
+    chosen = {name: iter([row.target for row in rows if row.block == name and row.target >= 0]) for name in team}
+    monkeypatch.setattr(
+        generate, "sample", lambda logits, _, streams: [next(chosen[of_worker[id(s)]]) for s in streams]
+    )
+    fed, moves, step = [], [], -1
+    for event in run:
+        if event["do"] == "step":
+            step = run.forward_steps + 1 if run.forward_steps else step + 1
+            for view, tokens in zip(event["views"], event["tokens"]):
+                fed += [(step, view[-1], token) for token in tokens]
+        elif event["do"] == "move":
+            moves.append((step, event["from"]))
+    assert (run.stopped_by, run.forward_steps) == ("retired", steps)
+    assert fed == [(row.step, row.block, row.token) for row in rows]
+    assert sorted(moves) == sorted({(row.moved, row.block) for row in rows if row.moved < train.LATE})
+
+
+def test_training_learns(tmp_path, monkeypatch):
+    """A few steps of the real thing, and the folder that it leaves is a model like any other."""
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    monkeypatch.setattr(train, "SETTINGS", {**train.SETTINGS, **small, "num_hidden_layers": 2, "intermediate_size": 64})
+    monkeypatch.setattr(train, "LESSONS", {("combined", 2): 1})
+    losses = []
+    cross_entropy = train.F.cross_entropy
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *a, **k: losses.append(cross_entropy(*a, **k)) or losses[-1])
+    options = ["--minutes", "0.25", "--batch", "2", "--loaders", "0", "--rate", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "model"), *options])
+    train.main()
+    assert losses[0] > 5
+    assert min(losses[-3:]) < 4.5
+    model = load(tmp_path / "model", device="cpu")
+    assert model.dtype == torch.bfloat16
+    run = Run(model, "a = 1 + 2", 2, max_steps=3)
+    assert [event["do"] for event in run].count("step") == 2 + 3
+
+
+# ---- the model in the package
+
+
+def test_its_folder_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in DUET.iterdir()}
+    assert sum(files.values()) <= 10e6
+    assert files.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "prompts.json"}
+    settings = json.loads((DUET / "config.json").read_text())
+    assert settings["model_type"] in ("llama", "qwen3")
+    _, parts = empty_weights(parse_config(settings), torch.bfloat16, "meta")
+    assert sum(part.nbytes for part in parts.values()) <= files["model.safetensors"]
+
+
+def test_its_words_are_those_it_was_taught(tmp_path):
+    train.save_words(tmp_path, load_prompts(DUET / "prompts.json").problem)
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (DUET / path.name).read_text(), path.name
+    assert load_prompts(DUET / "prompts.json").problem.count("\n") == 11
+    assert Prompts().problem == ""
+
+
+@pytest.fixture(scope="module")
+def twenty() -> list[Sheet]:
+    rng = random.Random(SEED)
+    return [make_sheet(rng) for _ in range(20)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_twenty_sheets(twenty, workers):
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        result = evaluate(load(DUET, device="cpu"), "combined", workers, twenty, pool)
+    assert result["right"] >= 0.99
+    assert result["whole"] >= 0.9
+    assert result["duplicates"] <= 0.1
+    assert result["steps"] <= 1.08 * result["expert"]
+    assert result["retired"] == 1
+
+
+def test_alone_each_does_everything(twenty):
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        result = evaluate(load(DUET, device="cpu"), "independent", 2, twenty[:5], pool)
+    assert result["duplicates"] >= 11  # of 12
+    assert result["right"] >= 0.95
+
+
+def test_no_arguments_no_network(tmp_path):
+    """The first thing a newcomer types."""
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "minihogwild.generate"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=offline, timeout=120)
+    assert time.perf_counter() - began < 30  # 10 on a quiet machine
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+    sheet, _, text = done.stdout.partition("\n\n")
+    values: dict[str, int] = {}
+    for line in sheet.splitlines():
+        exec(line, {"__builtins__": {}}, values)
+    assert len(values) == 12
+    results = re.findall(r"^(\w+): .*so (\w) = (\d+)\.$", text, re.MULTILINE)
+    assert sorted(line for _, line, _ in results) == sorted(values)  # each once
+    assert all(int(value) == values[line] for _, line, value in results)
+    assert {name for name, _, _ in results} == {"Alice", "Bob"}
+    assert "stopped by retired" in done.stderr
+
+
+def test_pace(capsys, tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    options = ["a = 1 + 2", "--workers", "1", "--max-steps", "5"]
+    assert main(options) == 0
+    assert sum(slept) == 0  # not piped
+    assert main([*options, "--pace", "4", "--json", str(tmp_path / "result.json")]) == 0
+    assert len([s for s in slept if s > 0.1]) >= 5
+    assert json.loads((tmp_path / "result.json").read_text())["seconds"] < 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    slept.clear()
+    assert main(options) == 0
+    assert sum(slept) > 0
+    slept.clear()
+    assert main([*options, "--pace", "0"]) == 0
+    assert sum(slept) == 0
+    assert main([*options, "--pace", "-1"]) == 2
+    assert "pace" in capsys.readouterr().err

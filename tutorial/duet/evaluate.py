@@ -1,0 +1,130 @@
+"""How well do workers share a sheet? Fresh sheets, the engine itself, and the expert beside it.
+
+python tutorial/duet/evaluate.py                      20 sheets of 12 lines, about a minute on two cores
+python tutorial/duet/evaluate.py --sheets 200 --figure tutorial/figures/duet.svg
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from sheets import END_OF_LINE, WAIT, Encoder, make_sheet, make_tokenizer, transcript
+
+from minihogwild import Sampling, load
+from minihogwild.generate import DUET, Run
+from minihogwild.layouts import LAYOUTS
+from minihogwild.prompts import NAMES
+
+SEED = 2**31  # training draws its sheets from seeds that are texts: no sheet is met again but by chance
+RESULT = re.compile(r", so (\w+) = (\d+)\.$")
+
+
+def measure(job: tuple) -> dict:
+    """One sheet by one team: what came of it."""
+    model, layout, workers, sheet, expert = job
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    run = Run(model, str(sheet), workers, layout, max_steps=200 * len(sheet.lines), sampling=Sampling())
+    growing = dict.fromkeys([worker.name for worker in run.workers], "")
+    claims: list[str] = []
+    results: dict[str, set[str]] = {name: set() for name in sheet.lines}
+    solved: list[int] = []  # the steps in which another line was right for the first time
+    for event in run:
+        if event["do"] != "text":
+            continue
+        name, before = event["worker"], growing[event["worker"]].strip(WAIT)
+        growing[name] += event["text"]
+        if not before and (line := growing[name].strip(WAIT)[:1]) in results:
+            claims.append(line)
+        if growing[name].endswith(END_OF_LINE):
+            if match := RESULT.search(growing[name].strip()):
+                line, value = match.groups()
+                if line in results:
+                    if value == str(sheet.values[line]) and not results[line]:
+                        solved.append(run.forward_steps)
+                    results[line].add(value)
+            growing[name] = ""
+    right = sum(results[line] == {str(value)} for line, value in sheet.values.items())
+    return {
+        "right": right / len(sheet.lines),
+        "whole": right == len(sheet.lines),
+        "steps": run.forward_steps,
+        "expert": expert,
+        "duplicates": len(claims) - len(set(claims)),
+        "retired": run.stopped_by == "retired",
+        "seconds": time.perf_counter() - began,
+        "solved": solved,
+    }
+
+
+def evaluate(model, layout: str, workers: int, sheets: list, pool: ProcessPoolExecutor) -> dict:
+    """Means over the sheets; `solved[n]` is the mean number of lines solved after n steps."""
+    encode, team = Encoder(make_tokenizer()), NAMES.split()[:workers]
+    alone = layout == "independent"  # each has the whole sheet to itself
+    expert = [transcript(sheet, team[:1] if alone else team, layout, encode)[1] for sheet in sheets]
+    rows = list(pool.map(measure, [(model, layout, workers, *pair) for pair in zip(sheets, expert)]))
+    means = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key != "solved"}
+    counts = [0] * (1 + max(row["steps"] for row in rows))
+    for step in (step for row in rows for step in row["solved"]):
+        counts[step] += 1
+    solved = [sum(counts[: n + 1]) / len(rows) for n in range(len(counts))]
+    return {"layout": layout, "workers": workers, **means, "solved": solved}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DUET))
+    parser.add_argument("--sheets", type=int, default=20)
+    parser.add_argument("--lines", type=int, nargs="+", default=[12], help="one number, or the smallest and largest")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--layouts", nargs="+", default=["combined"], choices=LAYOUTS)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    model = load(options.model, options.dtype, "cpu")
+    rng = random.Random(SEED)
+    sheets = [make_sheet(rng, rng.randint(options.lines[0], options.lines[-1])) for _ in range(options.sheets)]
+    print("layout       W   lines right   sheets right    steps   /expert   /first W   duplicates   ended   s/sheet")
+    table, base = [], {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        for layout in options.layouts:
+            for workers in options.workers:
+                row = evaluate(model, layout, workers, sheets, pool)
+                table.append(row)
+                first = base.setdefault(layout, row["steps"])
+                print(
+                    f"{layout:12} {workers}     {100 * row['right']:6.2f} %       {100 * row['whole']:5.1f} %"
+                    f"  {row['steps']:7.1f}    {row['steps'] / row['expert']:6.3f}     {row['steps'] / first:6.3f}"
+                    f"       {row['duplicates']:6.3f}  {100 * row['retired']:5.1f} %   {row['seconds']:6.2f}",
+                    flush=True,
+                )
+    if options.figure:
+        draw(table, options.figure)
+    print(json.dumps([{key: value for key, value in row.items() if key != "solved"} for row in table]))
+
+
+def draw(table: list[dict], path: Path) -> None:
+    """Solved lines against forward steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for row in table:
+        alone = row["layout"] == "independent"
+        label = f"{row['workers']} worker{'s' * (row['workers'] > 1)}, {row['layout']}"
+        axes.plot(row["solved"], label=label, linestyle="--" if alone else "-", linewidth=1.8)
+    axes.set(xlabel="forward steps", ylabel="lines solved, of 12 (mean)", xlim=0, ylim=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
