@@ -239,11 +239,11 @@ def test_training_learns(tmp_path, monkeypatch):
     """A few steps of the real thing, and the folder that it leaves is a model like any other."""
     small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     monkeypatch.setattr(train, "SETTINGS", {**train.SETTINGS, **small, "num_hidden_layers": 2, "intermediate_size": 64})
-    monkeypatch.setattr(train, "LESSONS", {("combined", 2): 1})
+    monkeypatch.setattr(train, "PHASES", [(0.8, 0.01, {("combined", 2): 1}), (0.2, 0.001, {("independent", 1): 1})])
     losses = []
     cross_entropy = train.F.cross_entropy
     monkeypatch.setattr(train.F, "cross_entropy", lambda *a, **k: losses.append(cross_entropy(*a, **k)) or losses[-1])
-    options = ["--minutes", "0.25", "--batch", "2", "--loaders", "0", "--rate", "0.01"]
+    options = ["--minutes", "0.25", "--batch", "2", "--loaders", "0"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "model"), *options])
     train.main()
     assert losses[0] > 5
