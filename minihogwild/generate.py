@@ -330,12 +330,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--prompts", type=Path, metavar="FILE", help="the words that make workers cooperate, as JSON")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add(
-        "--pace",
-        type=float,
-        metavar="N",
-        help=f"at most N steps a second; 0: any (default: {PACE} on a terminal, else 0)",
-    )
+    add("--pace", type=float, metavar="N", help=f"at most N steps a second; 0: any (default: {PACE} on a terminal)")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     return parser
 
@@ -358,11 +353,11 @@ def command(options: argparse.Namespace) -> int:
     require(writable, f"--json {options.json}: no file can be written there")
     pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
     require(0 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none) or more")
+    chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
+    Sampling(**chosen)  # refuses what is wrong before a model is loaded
     words = options.prompts or Path(options.model) / "prompts.json"
     prompts = load_prompts(words) if options.prompts or words.exists() else Prompts()
     prompt = read_prompt(options.prompt, prompts.problem)
-    chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
-    Sampling(**chosen)  # refuses what is wrong before a model is loaded
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
     prompts = prompts if options.prompts else None  # the folder of a hub repository may have its own

@@ -80,11 +80,13 @@ class Sheet:
         return "\n".join(f"{name} = {x} + {y}" for name, (x, y) in self.lines.items())
 
 
-def make_sheet(rng: random.Random, lines: int = 12, dependent: float = 1 / 3, first: int = 0) -> Sheet:
+def make_sheet(
+    rng: random.Random, lines: int = 12, dependent: float = 1 / 3, first: int = 0, most_digits: int = 3
+) -> Sheet:
     """Numbers of one to three digits; from the third line on, `dependent` is how likely a line needs two others."""
 
     def number() -> int:
-        digits = rng.randint(1, 3)
+        digits = rng.randint(1, most_digits)
         return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
     names = LETTERS[first : first + lines]
@@ -120,6 +122,7 @@ class Row:
     target: int  # the token that is sampled from it; -100 for none
     moved: int = 10**6  # the step after which it moves
     home: int = 0  # its index in the common block from then on
+    choice: bool = False  # is the target a claim, a wait, or a retirement
 
 
 class Encoder:
@@ -210,7 +213,7 @@ def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> 
         for name in pending:
             if planned[name]:
                 token, *planned[name] = planned[name]
-                paragraphs[name][-1].target = token
+                paragraphs[name][-1].target, paragraphs[name][-1].choice = token, name in choosing
                 pending[name] = [token]
     return rows, step - 1
 

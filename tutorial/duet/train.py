@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minihogwild.config import Config, Weights
 from minihogwild.layouts import COMMON, LAYOUTS
-from minihogwild.load import empty_weights, load, parse_config
+from minihogwild.load import empty_weights, parse_config
 from minihogwild.prompts import NAMES
 
 DEFAULT_PROBLEM_SEED = 7
@@ -47,6 +47,7 @@ class Batch:
     step: Tensor  # [Z, T]; places that are not used come last, and late
     moved: Tensor  # [Z, T]: the step after which the row's paragraph moves
     block: Tensor  # [Z, T]
+    choice: Tensor  # [Z, T]: 1 where the target is a choice among lines
     distance: Tensor  # [Z, T, B]: from a block's start to the row, in the row's view
     slots: Tensor  # [Z, C]: the row whose key lies there; -1 for none
     views: Tensor  # [B, B]: does the block's writer see that block
@@ -67,15 +68,15 @@ def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
 
 def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> Batch:
     Z, T, B = len(transcripts), max(map(len, transcripts)), len(views_of(layout, names[0]))
-    fields = torch.tensor([0, -100, 0, 0, 2 * LATE, LATE, 0]).repeat(Z, T, 1)
+    fields = torch.tensor([0, -100, 0, 0, 2 * LATE, LATE, 0, 0]).repeat(Z, T, 1)
     distance = torch.zeros(Z, T, B, dtype=torch.int64)
     rows_of = []  # for each transcript and block
     for z, (rows, team) in enumerate(zip(transcripts, names)):
         views = views_of(layout, team)
         order = {block: b for b, block in enumerate(views)}
-        own = [(r.token, r.target, r.index, r.home, r.step, r.moved, order[r.block]) for r in rows]
+        own = [(r.token, r.target, r.index, r.home, r.step, r.moved, order[r.block], r.choice) for r in rows]
         fields[z, : len(rows)] = torch.tensor(own)
-        _, _, index, _, step, moved, block = fields[z, : len(rows)].unbind(1)
+        _, _, index, _, step, moved, block, _ = fields[z, : len(rows)].unbind(1)
         rows_of.append([(block == b).nonzero()[:, 0] for b in range(B)])
 
         lengths = torch.zeros(B, int(step.max()) + 2, dtype=torch.int64)  # of each block, after the writes of a step
@@ -183,35 +184,33 @@ SETTINGS = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
-# Two phases: (share of the time, learning rate, how often which layout and number of workers). Five and eight workers
-# are never seen, nor are more than 14 lines.
-BROAD = {
-    ("combined", 1): 2, ("combined", 2): 5, ("combined", 3): 5, ("combined", 4): 6, ("combined", 6): 4,
-    ("contiguous", 2): 1, ("contiguous", 3): 1, ("contiguous", 4): 1, ("independent", 1): 3,
+# (layout, workers): how often. Five and eight workers are never seen, nor are more than 14 lines.
+LESSONS = {
+    ("combined", 1): 2, ("combined", 2): 6, ("combined", 3): 7, ("combined", 4): 8, ("combined", 6): 3,
+    ("independent", 1): 2,
 }  # fmt: skip
-NARROW = {("combined", 1): 2, ("combined", 2): 6, ("combined", 3): 7, ("combined", 4): 8, ("combined", 6): 2} | {
-    ("independent", 1): 2
-}
-PHASES = [(0.63, 1e-3, BROAD), (0.37, 6e-4, NARROW)]
+CHOICE = 9  # how much more a choice among lines weighs in the loss than another token
 
 
 class Lessons(torch.utils.data.IterableDataset):
     """Batches without end, each of one layout and number of workers. A seed and a number of loaders fix them all."""
 
-    def __init__(self, seed: str, size: int, lessons: dict[tuple[str, int], int]):
-        self.seed, self.size, self.lessons = seed, size, lessons
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed} {info.id if info else 0}")
         encode, names = Encoder(make_tokenizer()), NAMES.split()[:8]
         while True:
-            (layout, workers) = rng.choices(list(self.lessons), self.lessons.values())[0]
+            (layout, workers) = rng.choices(list(LESSONS), LESSONS.values())[0]
             lesson = []
             for _ in range(4 * self.size):
                 lines = rng.choice([12, 12, 12, rng.randint(1, 14)])
                 first = rng.choice([0, rng.randint(0, 26 - lines)])  # any letters, so that longer sheets are no news
-                sheet = make_sheet(rng, lines, rng.choice([1 / 3, 1 / 3, 1 / 3, rng.uniform(0, 0.6)]), first)
+                dependent = rng.choice([1 / 3, 1 / 3, 1 / 3, rng.uniform(0, 0.6)])
+                # Choices among lines are what is hard to learn; short sums hold more of them
+                sheet = make_sheet(rng, lines, dependent, first, most_digits=rng.choice([1, 1, 3]))
                 team = sorted(rng.sample(names, workers))  # nor is a larger team
                 lesson.append((transcript(sheet, team, layout, encode)[0], team))
             lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
@@ -220,7 +219,7 @@ class Lessons(torch.utils.data.IterableDataset):
                 yield make_batch(transcripts, teams, layout)
 
 
-def initialise(config: Config, seed: int) -> Weights:
+def initialise(config: Config, seed: int, device: str) -> Weights:
     """Float32 weights of the usual size: normal, 0.02, those that write to the residual smaller; norms are 1."""
     weights, parts = empty_weights(config, torch.float32, "cpu")
     numbers = torch.Generator().manual_seed(seed)
@@ -228,6 +227,11 @@ def initialise(config: Config, seed: int) -> Weights:
         writes = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = 0.02 / (2 * config.num_hidden_layers) ** 0.5 if writes else 0.02
         part.copy_(torch.ones(part.shape) if part.dim() == 1 else scale * torch.randn(part.shape, generator=numbers))
+    for holder in (weights, *weights.layers):
+        for name, tensor in vars(holder).items():
+            if isinstance(tensor, Tensor):
+                setattr(holder, name, tensor.to(device).requires_grad_())
+    weights.head = weights.embed
     return weights
 
 
@@ -253,62 +257,50 @@ def save(weights: Weights, config: Config, folder: Path) -> None:
     save_words(folder, str(make_sheet(random.Random(DEFAULT_PROBLEM_SEED))))
 
 
-def train(weights: Weights, config: Config, phase: int, options: argparse.Namespace, device: str) -> None:
-    """One phase, from the weights as they are: warm-up, then a rate that falls with the clock."""
-    share, rate, lessons = PHASES[phase]
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains duet.")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--minutes", type=float, default=9.3)
+    parser.add_argument("--batch", type=int, default=64, help="transcripts")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at its highest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loaders", type=int, default=14, help="processes that write transcripts")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    config = parse_config(SETTINGS | {"vocab_size": make_tokenizer().get_vocab_size()})
+    weights = initialise(config, options.seed, device)
     matrices = [p for p in parameters(weights) if p.dim() == 2]
     vectors = [p for p in parameters(weights) if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device == "cuda")
-    data = Lessons(f"{options.seed} {phase}", options.batch, lessons)
-    loader = torch.utils.data.DataLoader(data, None, num_workers=options.loaders, pin_memory=device == "cuda")
+    lessons = Lessons(options.seed, options.batch)
+    loader = torch.utils.data.DataLoader(lessons, None, num_workers=options.loaders, pin_memory=device == "cuda")
     began, losses = time.time(), []
     for n, batch in enumerate(loader):
-        passed = (time.time() - began) / (60 * share * options.minutes)
+        passed = (time.time() - began) / (60 * options.minutes)
         if passed >= 1:
             break
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (n + 1) / 200) * max(0.01, min(1, 1.25 * (1 - passed)))
+        for group in optimiser.param_groups:  # the rate falls with the clock
+            group["lr"] = options.rate * min(1, (n + 1) / 200) * max(0.01, min(1, 1.25 * (1 - passed)))
         batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = forward(batch, weights, config)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits.float().mT, batch.targets, ignore_index=-100, reduction="none")  # [Z, T]
+        weight = (batch.targets >= 0) * (1 + CHOICE * batch.choice)
+        loss = (loss * weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters(weights), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.detach())
         if n % 100 == 0:
-            wrong = ((logits.argmax(-1) != batch.targets) & (batch.targets >= 0)).float().sum() / len(batch.tokens)
-            mean = torch.stack(losses[-100:]).mean()
-            told = f"phase {phase}  batch {n:6d}  loss {mean:.5f}  wrong tokens a transcript {wrong:.3f}"
+            wrong = ((logits.argmax(-1) != batch.targets) & (batch.targets >= 0)).float()
+            tokens, choices = (float((wrong * rows).sum() / len(wrong)) for rows in (1, batch.choice))
+            told = f"batch {n:6d}  loss {torch.stack(losses[-100:]).mean():.5f}"
+            told += f"  wrong in a transcript: {tokens:.3f} tokens, {choices:.3f} of them choices"
             print(f"{time.time() - began:6.0f} s  {told}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains duet.")
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--minutes", type=float, default=14.6, help="for all phases")
-    parser.add_argument("--batch", type=int, default=64, help="transcripts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loaders", type=int, default=14, help="processes that write transcripts")
-    parser.add_argument("--phase", type=int, choices=range(len(PHASES)), help="this one alone; the later from --out")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-    config = parse_config(SETTINGS | {"vocab_size": make_tokenizer().get_vocab_size()})
-    weights = initialise(config, options.seed)
-    if options.phase:
-        for target, source in zip(parameters(weights), parameters(load(options.out, "float32", "cpu").weights)):
-            target.copy_(source)
-    for holder in (weights, *weights.layers):
-        for name, tensor in vars(holder).items():
-            if isinstance(tensor, Tensor):
-                setattr(holder, name, tensor.to(device).requires_grad_())
-    weights.head = weights.embed
-    for phase in range(len(PHASES)) if options.phase is None else [options.phase]:
-        train(weights, config, phase, options, device)
-        save(weights, config, options.out)
+    save(weights, config, options.out)
 
 
 if __name__ == "__main__":
