@@ -317,7 +317,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Several workers, one language model, one shared attention cache (arXiv 2504.06261).",
     )
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the problem; without it, or as -, it is read from standard input")
+    add("prompt", nargs="?", metavar="PROMPT", help="the problem; -: standard input; none: that, else the model's own")
     add("--model", default=str(DUET), help="a model folder, or a hub repository's name (default: duet, bundled)")
     add("--workers", type=int, default=2, choices=range(1, 17), metavar="N", help="1 to 16 (default: 2)")
     add("--layout", choices=LAYOUTS, help="what workers see of each other (default: combined; independent for one)")
@@ -337,10 +337,11 @@ def arguments() -> argparse.ArgumentParser:
 
 def read_prompt(given: str | None, default: str) -> str:
     if given in (None, "-"):
-        terminal = given is None and (sys.stdin is None or sys.stdin.isatty())
-        given = "" if terminal else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        if not given.strip() and default:
-            print(given := default, end="\n\n", flush=True)
+        nobody = sys.stdin is None or (given is None and sys.stdin.isatty())
+        read = "" if nobody else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        if given is None and not read.strip() and default:
+            print(read := default, end="\n\n", flush=True)
+        given = read
     # An argument may hold stray bytes too
     require(not re.search("[\ud800-\udfff]", given), "the prompt is not valid UTF-8")
     require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
@@ -352,7 +353,7 @@ def command(options: argparse.Namespace) -> int:
     writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out)))
     require(writable, f"--json {options.json}: no file can be written there")
     pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
-    require(0 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none) or more")
+    require(pace == 0 or 0.01 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none), or 0.01 or more")
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
     words = options.prompts or Path(options.model) / "prompts.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -10,12 +11,14 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+import evaluate as evaluation
 import pytest
 import torch
 import train
-from evaluate import SEED, evaluate
+from evaluate import evaluate, fresh_sheets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sheets import (
@@ -23,6 +26,7 @@ from sheets import (
     END_OF_LINE,
     LETTERS,
     NOTHING,
+    WAIT,
     WORDS,
     Encoder,
     Row,
@@ -94,6 +98,15 @@ def test_the_work_is_right(seed):
             assert len(right) == 1 or int(right) < 20
             digits = right[-1] + digits
         assert int(columns.split("=")[-1][:-1] + digits) == sheet.values[name]
+
+
+@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+def test_choices_are_known_as_such(encode, layout, workers):
+    sheet = make_sheet(random.Random(5), 9, 0.5)
+    rows, _ = transcript(sheet, TEAM[:workers], layout, encode)
+    chosen = Counter(encode.tokenizer.decode([row.target]) for row in rows if row.choice)
+    assert chosen.pop(WAIT, 0) == sum(row.target == encode(WAIT)[0] for row in rows)
+    assert chosen == {**dict.fromkeys(sheet.lines, 1), NOTHING: workers}
 
 
 def test_a_known_paragraph():
@@ -235,7 +248,7 @@ def test_transcripts_are_what_the_loop_would_do(encode, layout, workers, monkeyp
     assert sorted(moves) == sorted({(row.moved, row.block) for row in rows if row.moved < train.LATE})
 
 
-def test_training_learns(tmp_path, monkeypatch):
+def test_training_runs_to_its_end(tmp_path, monkeypatch):
     """A few steps of the real thing, and the folder that it leaves is a model like any other."""
     small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     monkeypatch.setattr(train, "SETTINGS", {**train.SETTINGS, **small, "num_hidden_layers": 2, "intermediate_size": 64})
@@ -248,7 +261,7 @@ def test_training_learns(tmp_path, monkeypatch):
     train.main()
     means = [float(loss.detach().sum() / (loss != 0).sum()) for loss in losses]
     assert means[0] > 5
-    assert min(means[-3:]) < 4.5
+    assert min(means[-3:]) < 4.5  # it has begun to learn; whether it learns all is seen in the bundled model
     model = load(tmp_path / "model", device="cpu")
     assert model.dtype == torch.bfloat16
     run = Run(model, "a = 1 + 2", 2, max_steps=3)
@@ -263,9 +276,9 @@ def test_its_folder_is_small_and_complete():
     assert sum(files.values()) <= 10e6
     assert files.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "prompts.json"}
     settings = json.loads((DUET / "config.json").read_text())
-    assert settings["model_type"] in ("llama", "qwen3")
+    assert settings == {**settings, **train.SETTINGS}
     _, parts = empty_weights(parse_config(settings), torch.bfloat16, "meta")
-    assert sum(part.nbytes for part in parts.values()) <= files["model.safetensors"]
+    assert 0 < files["model.safetensors"] - sum(part.nbytes for part in parts.values()) < 10_000  # the header
 
 
 def test_its_words_are_those_it_was_taught(tmp_path):
@@ -278,8 +291,7 @@ def test_its_words_are_those_it_was_taught(tmp_path):
 
 @pytest.fixture(scope="module")
 def twenty() -> list[Sheet]:
-    rng = random.Random(SEED)
-    return [make_sheet(rng) for _ in range(20)]
+    return fresh_sheets(20)
 
 
 # The bundled model is not yet what it is to be: four workers should do as well as two
@@ -323,20 +335,45 @@ def test_no_arguments_no_network(tmp_path):
 
 
 def test_pace(capsys, tmp_path, monkeypatch):
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    options = ["a = 1 + 2", "--workers", "1", "--max-steps", "5"]
-    assert main(options) == 0
-    assert sum(slept) == 0  # not piped
-    assert main([*options, "--pace", "4", "--json", str(tmp_path / "result.json")]) == 0
-    assert len([s for s in slept if s > 0.1]) >= 5
-    assert json.loads((tmp_path / "result.json").read_text())["seconds"] < 2
+    passed, clock, counter, path = [0.0], time.monotonic, time.perf_counter, tmp_path / "result.json"
+    monkeypatch.setattr(time, "sleep", lambda seconds: passed.append(passed[-1] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[-1])
+    monkeypatch.setattr(time, "perf_counter", lambda: counter() + passed[-1])
+    options = ["a = 1 + 2", "--workers", "1", "--max-steps", "9", "--json", str(path)]
+
+    def slept(*more: str) -> float:
+        before = passed[-1]
+        assert main([*options, *more]) == 0
+        assert json.loads(path.read_text())["seconds"] < 5  # pauses are not counted
+        return passed[-1] - before
+
+    assert slept() == 0  # not to a terminal
+    assert 8 < slept("--pace", "1") <= 10  # nine steps and the prompt's
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    slept.clear()
-    assert main(options) == 0
-    assert sum(slept) > 0
-    slept.clear()
-    assert main([*options, "--pace", "0"]) == 0
-    assert sum(slept) == 0
-    assert main([*options, "--pace", "-1"]) == 2
-    assert "pace" in capsys.readouterr().err
+    assert 0.3 < slept() <= 10 / generate.PACE
+    assert slept("--pace", "0") == 0
+    capsys.readouterr()
+    for pace in ("-1", "nan", "inf", "1e-300"):
+        assert main([*options, "--pace", pace]) == 2
+        assert "pace" in capsys.readouterr().err
+
+
+def test_the_evaluation_and_its_figure(capsys, tmp_path, monkeypatch):
+    figure = tmp_path / "new" / "figure.svg"
+    options = ["--sheets", "2", "--lines", "14", "14", "--workers", "1", "2", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
+    evaluation.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    one, two = json.loads(last)
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["steps"] > 1.7 * two["steps"]
+    assert one["duplicates"] == two["duplicates"] == 0  # "nothing left" claims no line n
+    assert one["right"] == two["right"] == 1
+    assert figure.read_text().count("forward steps") or figure.stat().st_size > 5000
+
+
+def test_a_dash_is_never_the_models_own_problem(capsys, monkeypatch):
+    for stdin in (None, io.TextIOWrapper(io.BytesIO(b" "))):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["-"]) == 2
+        assert "prompt is empty" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """How well do workers share a sheet? Fresh sheets, the engine itself, and the expert beside it.
 
-python tutorial/duet/evaluate.py                      20 sheets of 12 lines, about a minute on two cores
+python tutorial/duet/evaluate.py                      20 sheets of 12 lines, a minute and a half on two cores
 python tutorial/duet/evaluate.py --sheets 200 --figure tutorial/figures/duet.svg
 """
 
@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from sheets import END_OF_LINE, WAIT, Encoder, make_sheet, make_tokenizer, transcript
+from sheets import WAIT, Encoder, Sheet, make_sheet, make_tokenizer, transcript
 
 from minihogwild import Sampling, load
 from minihogwild.generate import DUET, Run
@@ -22,7 +22,13 @@ from minihogwild.layouts import LAYOUTS
 from minihogwild.prompts import NAMES
 
 SEED = 2**31  # training draws its sheets from seeds that are texts: no sheet is met again but by chance
-RESULT = re.compile(r", so (\w+) = (\d+)\.$")
+CLAIM = re.compile(rf"{WAIT}*(\w) = ")
+RESULT = re.compile(r", so (\w) = (\d+)\.\s*$")
+
+
+def fresh_sheets(count: int, fewest: int = 12, most: int = 12) -> list[Sheet]:
+    rng = random.Random(SEED)
+    return [make_sheet(rng, rng.randint(fewest, most)) for _ in range(count)]
 
 
 def measure(job: tuple) -> dict:
@@ -31,25 +37,26 @@ def measure(job: tuple) -> dict:
     torch.set_num_threads(1)
     began = time.perf_counter()
     run = Run(model, str(sheet), workers, layout, max_steps=200 * len(sheet.lines), sampling=Sampling())
-    growing = dict.fromkeys([worker.name for worker in run.workers], "")
+    growing: dict[str, str] = {}  # by worker: what it has written of the line that it is at
     claims: list[str] = []
     results: dict[str, set[str]] = {name: set() for name in sheet.lines}
     solved: list[int] = []  # the steps in which another line was right for the first time
     for event in run:
+        if event["do"] == "begin":
+            growing[event["worker"]] = ""
         if event["do"] != "text":
             continue
-        name, before = event["worker"], growing[event["worker"]].strip(WAIT)
-        growing[name] += event["text"]
-        if not before and (line := growing[name].strip(WAIT)[:1]) in results:
-            claims.append(line)
-        if growing[name].endswith(END_OF_LINE):
-            if match := RESULT.search(growing[name].strip()):
-                line, value = match.groups()
-                if line in results:
-                    if value == str(sheet.values[line]) and not results[line]:
-                        solved.append(run.forward_steps)
-                    results[line].add(value)
-            growing[name] = ""
+        before = growing[event["worker"]]
+        text = growing[event["worker"]] = before + event["text"]
+        if (claim := CLAIM.match(text)) and not CLAIM.match(before):
+            claims.append(claim[1])
+        if text.endswith("\n\n"):  # in some layouts the next line follows at once
+            growing[event["worker"]] = ""
+        if (result := RESULT.search(text)) and text.endswith("\n\n") and result[1] in results:
+            line, value = result.groups()
+            if value == str(sheet.values[line]) and not results[line]:
+                solved.append(run.forward_steps)
+            results[line].add(value)
     right = sum(results[line] == {str(value)} for line, value in sheet.values.items())
     return {
         "right": right / len(sheet.lines),
@@ -81,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DUET))
     parser.add_argument("--sheets", type=int, default=20)
-    parser.add_argument("--lines", type=int, nargs="+", default=[12], help="one number, or the smallest and largest")
+    parser.add_argument("--lines", type=int, nargs=2, default=[12, 12], help="at least, and at most (26)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--layouts", nargs="+", default=["combined"], choices=LAYOUTS)
     parser.add_argument("--dtype", default="auto")
@@ -89,8 +96,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     model = load(options.model, options.dtype, "cpu")
-    rng = random.Random(SEED)
-    sheets = [make_sheet(rng, rng.randint(options.lines[0], options.lines[-1])) for _ in range(options.sheets)]
+    sheets = fresh_sheets(options.sheets, *options.lines)
     print("layout       W   lines right   sheets right    steps   /expert   /first W   duplicates   ended   s/sheet")
     table, base = [], {}
     with ProcessPoolExecutor(options.processes) as pool:
@@ -122,7 +128,7 @@ def draw(table: list[dict], path: Path) -> None:
             continue  # they all look the same
         label = f"{row['workers']} worker{'s' * (row['workers'] > 1)}, {row['layout']}"
         axes.plot(row["solved"], label=label, linestyle="--" if alone else "-", linewidth=1.8)
-    axes.set(xlabel="forward steps", ylabel="lines solved, of 12 (mean)", xlim=0, ylim=0)
+    axes.set(xlabel="forward steps", ylabel="lines solved (mean)", xlim=0, ylim=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

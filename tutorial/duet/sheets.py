@@ -8,11 +8,12 @@ A sheet is a list of lines, such as
 
 A worker claims a line by writing its name, works it out column by column from the right, and ends the paragraph:
 
-    c = a + b = 75 + 125: 5+5=10, 7+2+1=10, 1+1=2, so c = 200.
+    c = a + b = 75 + 125: 5+5=10, 7+2+1=10, 0+1+1=2, so c = 200.
 
 The expert takes the first line that nobody has begun and whose results are there to be read. Workers that choose in
 the same step choose in the order of their names: the first takes the first such line, the second the second. Where
-there is none, but lines are left, it waits for a step (`…`); where none is left, it says so, and retires.
+there is none, but lines are left, it waits for a step (`…`). Once no more lines are left than workers that choose
+before it, it says so, and retires.
 """
 
 import json
@@ -83,7 +84,8 @@ class Sheet:
 def make_sheet(
     rng: random.Random, lines: int = 12, dependent: float = 1 / 3, first: int = 0, most_digits: int = 3
 ) -> Sheet:
-    """Numbers of one to three digits; from the third line on, `dependent` is how likely a line needs two others."""
+    """`dependent`: how likely a line from the third on needs two others. `first`: the number of the first letter."""
+    assert first + lines <= len(LETTERS)
 
     def number() -> int:
         digits = rng.randint(1, most_digits)
@@ -111,6 +113,9 @@ def work(sheet: Sheet, name: str, values: dict[str, int]) -> str:
     return f"{name} = {given}{left} + {right}: {', '.join(columns)}, so {name} = {values[name]}{END_OF_LINE}"
 
 
+LATE = 10**6  # after all steps
+
+
 @dataclass
 class Row:
     """One token of a transcript, with the two homes that it has: its own block, and later the common one."""
@@ -120,7 +125,7 @@ class Row:
     index: int  # in its block
     step: int  # in which it is fed
     target: int  # the token that is sampled from it; -100 for none
-    moved: int = 10**6  # the step after which it moves
+    moved: int = LATE  # the step after which it moves
     home: int = 0  # its index in the common block from then on
     choice: bool = False  # is the target a claim, a wait, or a retirement
 

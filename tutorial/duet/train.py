@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from sheets import END, Encoder, Row, make_sheet, make_tokenizer, save_words, transcript
+from sheets import END, LATE, Encoder, Row, make_sheet, make_tokenizer, save_words, transcript
 from torch import Tensor
 
 from minihogwild.config import Config, Weights
@@ -53,11 +53,7 @@ class Batch:
     views: Tensor  # [B, B]: does the block's writer see that block
 
     def to(self, device: str) -> "Batch":
-        fields = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**fields)
-
-
-LATE = 10**6  # after all steps
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
@@ -71,6 +67,7 @@ def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str
     fields = torch.tensor([0, -100, 0, 0, 2 * LATE, LATE, 0, 0]).repeat(Z, T, 1)
     distance = torch.zeros(Z, T, B, dtype=torch.int64)
     rows_of = []  # for each transcript and block
+    same = views_of(layout, names[0])  # for all transcripts, but for the names
     for z, (rows, team) in enumerate(zip(transcripts, names)):
         views = views_of(layout, team)
         order = {block: b for b, block in enumerate(views)}
@@ -100,7 +97,7 @@ def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str
         *fields.unbind(2),
         distance,
         slots=torch.stack([torch.cat(blocks) for blocks in slots]),
-        views=torch.tensor([[other in view for other in views] for view in views.values()]),
+        views=torch.tensor([[other in view for other in same] for view in same.values()]),
     )
 
 
@@ -157,7 +154,7 @@ def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
             scores.append(queries[0] @ turn(k, to_home).permute(0, 2, 3, 1))
             values = torch.cat((values, v), 1)
         scores = torch.cat(scores, -1).add_(mask)
-        with torch.autocast(x.device.type, enabled=False):  # which would take float32, and twice the memory traffic
+        with torch.autocast(x.device.type, enabled=False):  # else softmax would be float32: twice the traffic
             mixed = scores.softmax(-1) @ values.transpose(1, 2).to(scores.dtype)
         x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
         gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
@@ -184,16 +181,16 @@ SETTINGS = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
-# (layout, workers): how often. Five and eight workers are never seen, nor are more than 14 lines.
+# (layout, workers): how often. No other number of workers is ever seen, nor are more than 14 lines.
 LESSONS = {
     ("combined", 1): 2, ("combined", 2): 6, ("combined", 3): 7, ("combined", 4): 8, ("combined", 6): 3,
     ("independent", 1): 2,
 }  # fmt: skip
-CHOICE = 9  # how much more a choice among lines weighs in the loss than another token
+CHOICE = 10  # how much a choice among lines weighs in the loss; any other token weighs 1
 
 
 class Lessons(torch.utils.data.IterableDataset):
-    """Batches without end, each of one layout and number of workers. A seed and a number of loaders fix them all."""
+    """Batches without end, each of one layout and number of workers. Seed and number of loaders fix them."""
 
     def __init__(self, seed: int, size: int):
         self.seed, self.size = seed, size
@@ -211,7 +208,7 @@ class Lessons(torch.utils.data.IterableDataset):
                 dependent = rng.choice([1 / 3, 1 / 3, 1 / 3, rng.uniform(0, 0.6)])
                 # Choices among lines are what is hard to learn; short sums hold more of them
                 sheet = make_sheet(rng, lines, dependent, first, most_digits=rng.choice([1, 1, 3]))
-                team = sorted(rng.sample(names, workers))  # nor is a larger team
+                team = sorted(rng.sample(names, workers))  # any of eight names, so that a larger team has no new ones
                 lesson.append((transcript(sheet, team, layout, encode)[0], team))
             lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
             for n in rng.sample(range(0, len(lesson), self.size), 4):
@@ -275,7 +272,7 @@ def main() -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device == "cuda")
     lessons = Lessons(options.seed, options.batch)
-    loader = torch.utils.data.DataLoader(lessons, None, num_workers=options.loaders, pin_memory=device == "cuda")
+    loader = torch.utils.data.DataLoader(lessons, None, num_workers=options.loaders)
     began, losses = time.time(), []
     for n, batch in enumerate(loader):
         passed = (time.time() - began) / (60 * options.minutes)
@@ -287,7 +284,7 @@ def main() -> None:
         with torch.autocast(device, torch.bfloat16):
             logits = forward(batch, weights, config)
         loss = F.cross_entropy(logits.float().mT, batch.targets, ignore_index=-100, reduction="none")  # [Z, T]
-        weight = (batch.targets >= 0) * (1 + CHOICE * batch.choice)
+        weight = (batch.targets >= 0) * (1 + (CHOICE - 1) * batch.choice)
         loss = (loss * weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters(weights), 1.0)
