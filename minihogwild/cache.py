@@ -78,7 +78,6 @@ class Cache:
         starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
         offset = torch.tensor([[start.get(block, 0) for block in columns] for start in starts])
         visible = torch.tensor([[self.lengths[block] * (block in start) for block in columns] for start in starts])
-
         own = torch.tensor([columns[view[-1]] for view in views])
 
         # From a row for each worker to a row for each token: they differ in the index in the own block.

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .cache import Cache
 from .config import InputError, require
-from .layouts import COMMON, FINISHER, LAYOUTS, OTHERS, OWN, SEPARATOR
+from .layouts import COMMON, FINISHER, LAYOUTS
 from .load import DTYPES, Model, load
 from .memory import allocating
 from .model import forward
-from .prompts import Prompts, boxed, fill, load_prompts, paragraph_closed
+from .prompts import Prompts, boxed, fill, load_prompts, paragraph_closed, prompts_of
 from .sampling import Sampling, sample
 from .text import Stream
 
@@ -74,8 +73,7 @@ class Run:
         seed: int = 0,
         prompts: Prompts | None = None,  # the model's own, or the default
     ):
-        own_prompts = model.folder / "prompts.json"
-        self.words = words = prompts or (load_prompts(own_prompts) if own_prompts.exists() else Prompts())
+        self.words = words = prompts or prompts_of(model.folder)
         most = min(len(words.names), 16)
         require(1 <= workers <= most, f"workers is {workers}: it must be from 1 to {most}")
         self.layout = layout or ("combined" if workers > 1 else "independent")
@@ -91,15 +89,13 @@ class Run:
         names = list(words.names[:workers])
         text = words.together if self.shared else words.alone
         text = fill(text, problem=problem, n=workers, names=", ".join(names), first=names[0])
-        encode = model.tokenizer.encode
         self.prompt = model.tokenizer.chat(text)
         require(self.prompt, "the prompt is empty: it has no tokens")
-        headers = {OTHERS: words.header_others, OWN: words.header_own, SEPARATOR: words.separator}
-        self.headers = {block: encode(headers[block]) for block in self.rules.headers}
+        self.headers = {block: model.tokenizer.encode(words.headers[block]) for block in self.rules.headers}
         self.workers = [Worker(name, self.rules.view(name, [n for n in names if n != name])) for name in names]
         for w, worker in enumerate(self.workers):
             worker.random = torch.Generator().manual_seed(seed * 16 + w)  # no two seeds share a worker's stream
-        self.cue = encode(words.cue)
+        self.cue = model.tokenizer.encode(words.cue)
         asks = words.boxed and "\\boxed" in text  # for an answer
         seen = {FINISHER: names} if self.shared else {f"{FINISHER} of {name}": [name] for name in names}
         self.finishers = [Worker(name, [COMMON, *seen[name], name]) for name in seen if asks]
@@ -134,8 +130,8 @@ class Run:
         size = len(self.prompt) + sum(map(len, headers.values())) + self.finisher_room + len(self.workers)
         too_long = f"the prompt is {len(self.prompt)} tokens long, too long for a context of {config.context}"
         require(size <= config.context, too_long)
-        chunk = PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))  # of the longest step: the last
-        chunk = max(1, min(chunk, PREFILL_CHUNK))
+        # So that the longest step, the last, has no more scores than it may
+        chunk = max(1, min(PREFILL_CHUNK, PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))))
         steps = [([[COMMON]], [prompt[start : start + chunk]]) for start in range(0, len(prompt), chunk)]
         if headers:
             steps.append(([[COMMON, block] for block in headers], list(headers.values())))
@@ -172,7 +168,7 @@ class Run:
         yield {"do": "step", "views": views, "tokens": tokens, "sampled": sampled}
         yield from events
 
-    def _feed(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
+    def _feed(self, views: list[list[str]], tokens: list[list[int]]) -> torch.Tensor:
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
         config = self.model.config
@@ -183,13 +179,12 @@ class Run:
     def _begin(self, worker: Worker) -> dict:
         """Queue the prefix of the worker's next paragraph."""
         worker.paragraphs.append("")
-        encode = self.model.tokenizer.encode
         text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs)) if self.shared else ""
-        prefix = encode(text)
+        prefix = self.model.tokenizer.encode(text)
         if self.shared and self.since_check >= CHECK_AFTER and len(self.workers) > 1:
             self.since_check = 0
             text += self.words.check
-            prefix += encode(self.words.check)
+            prefix += self.model.tokenizer.encode(self.words.check)
         worker.token_ids += prefix
         worker.pending = prefix if self.shared else self.prompt[-1:]
         worker.begins = True
@@ -259,8 +254,7 @@ class Run:
         """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` what was sampled."""
         own = ("forward_steps", "finisher_steps", "seconds", "answer", "stopped_by", "layout", "seed")
         of_writer = ("name", "answer", "tokens", "token_ids", "paragraphs")
-        result = {"model": self.model.name, **{key: getattr(self, key) for key in own}}
-        result["sampling"] = vars(self.sampling)
+        result = {"model": self.model.name, "sampling": vars(self.sampling), **{key: getattr(self, key) for key in own}}
         result["prompt_tokens"] = len(self.prompt)
         result["tokens"] = sum(worker.tokens for worker in self.workers)
         result["tokens_per_second"] = result["tokens"] / self.seconds if self.seconds else 0.0
@@ -356,12 +350,10 @@ def command(options: argparse.Namespace) -> int:
     require(pace == 0 or 0.01 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none), or 0.01 or more")
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
-    words = options.prompts or Path(options.model) / "prompts.json"
-    prompts = load_prompts(words) if options.prompts or words.exists() else Prompts()
-    prompt = read_prompt(options.prompt, prompts.problem)
+    prompts = load_prompts(options.prompts) if options.prompts else None
+    prompt = read_prompt(options.prompt, (prompts or prompts_of(Path(options.model))).problem)
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
-    prompts = prompts if options.prompts else None  # the folder of a hub repository may have its own
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
     due = time.monotonic()
     printer = Printer([worker.name for worker in run.workers])
@@ -388,14 +380,19 @@ def command(options: argparse.Namespace) -> int:
         f"stopped by {run.stopped_by}",
         file=sys.stderr,
     )
-    if out:  # written beside, then renamed: the file is whole, or as it was
-        beside = out.with_name(out.name + ".part")
-        try:
-            beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
-            beside.replace(out)
-        finally:
-            beside.unlink(missing_ok=True)
+    if out:
+        write_whole(out, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     return 130 if run.stopped_by == "interrupt" else 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Written beside, then renamed: the file is whole, or as it was."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

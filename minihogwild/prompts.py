@@ -6,6 +6,7 @@ from pathlib import Path
 from unicodedata import category
 
 from .config import require
+from .layouts import OTHERS, OWN, SEPARATOR
 from .text import read_json
 
 NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy"
@@ -41,6 +42,11 @@ The problem:
     problem: str = ""  # what is asked where the user asks nothing
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The words of each header block."""
+        return {OTHERS: self.header_others, OWN: self.header_own, SEPARATOR: self.separator}
+
     def __post_init__(self):
         for name, value in vars(self).items():
             wanted = {"names": tuple, "boxed": bool}.get(name, str)
@@ -62,6 +68,12 @@ def load_prompts(path: Path) -> Prompts:
     if isinstance(given.get("names"), list):
         given["names"] = tuple(given["names"])
     return Prompts(**given)
+
+
+def prompts_of(folder: Path) -> Prompts:
+    """The words that a model folder brings, or the default."""
+    own = folder / "prompts.json"
+    return load_prompts(own) if own.exists() else Prompts()
 
 
 def fill(template: str, **values: object) -> str:

@@ -5,6 +5,7 @@ python tutorial/duet/evaluate.py --sheets 200 --figure tutorial/figures/duet.svg
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -50,9 +51,10 @@ def measure(job: tuple) -> dict:
         text = growing[event["worker"]] = before + event["text"]
         if (claim := CLAIM.match(text)) and not CLAIM.match(before):
             claims.append(claim[1])
-        if text.endswith("\n\n"):  # in some layouts the next line follows at once
-            growing[event["worker"]] = ""
-        if (result := RESULT.search(text)) and text.endswith("\n\n") and result[1] in results:
+        if not text.endswith("\n\n"):
+            continue
+        growing[event["worker"]] = ""  # in some layouts the next line follows at once
+        if (result := RESULT.search(text)) and result[1] in results:
             line, value = result.groups()
             if value == str(sheet.values[line]) and not results[line]:
                 solved.append(run.forward_steps)
@@ -80,7 +82,7 @@ def evaluate(model, layout: str, workers: int, sheets: list, pool: ProcessPoolEx
     counts = [0] * (1 + max(row["steps"] for row in rows))
     for step in (step for row in rows for step in row["solved"]):
         counts[step] += 1
-    solved = [sum(counts[: n + 1]) / len(rows) for n in range(len(counts))]
+    solved = [count / len(rows) for count in itertools.accumulate(counts)]
     return {"layout": layout, "workers": workers, **means, "solved": solved}
 
 

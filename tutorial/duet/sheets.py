@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minihogwild.layouts import COMMON, LAYOUTS, OTHERS, OWN, SEPARATOR
+from minihogwild.layouts import COMMON, LAYOUTS
 from minihogwild.prompts import NAMES, Prompts, fill
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -124,7 +124,7 @@ class Row:
     block: str
     index: int  # in its block
     step: int  # in which it is fed
-    target: int  # the token that is sampled from it; -100 for none
+    target: int = -100  # the token that is sampled from it; -100 for none
     moved: int = LATE  # the step after which it moves
     home: int = 0  # its index in the common block from then on
     choice: bool = False  # is the target a claim, a wait, or a retirement
@@ -152,24 +152,22 @@ def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> 
     rules, words, values = LAYOUTS[layout], PROMPTS, sheet.values
     problem = {"problem": sheet, "n": len(names), "names": ", ".join(names)}
     prompt = encode(fill(words.together if rules.prefix else words.alone, **problem))
-    texts = {OTHERS: words.header_others, OWN: words.header_own, SEPARATOR: words.separator}
     end = encode.tokenizer.token_to_id(END)
     ends_of_line, waiting = encode(END_OF_LINE), encode(WAIT)
     rows: list[Row] = []
-    common = 0  # length of the common block
 
-    def feed(block: str, tokens: list[int], step: int, targets: list[int], index: int = 0) -> list[Row]:
-        new = [Row(token, block, index + n, step, target) for n, (token, target) in enumerate(zip(tokens, targets))]
+    def feed(block: str, tokens: list[int], step: int, index: int = 0) -> list[Row]:
+        new = [Row(token, block, index + n, step) for n, token in enumerate(tokens)]
         rows.extend(new)
         return new
 
     if not rules.prefix:  # the prompt's last token is each worker's own
         assert len(names) == 1
         prompt, own = prompt[:-1], prompt[-1:]
-    feed(COMMON, prompt, 0, [-100] * len(prompt))
-    common = len(prompt)
+    feed(COMMON, prompt, 0)
+    common = len(prompt)  # length of the common block
     for block in rules.headers:
-        feed(block, encode(texts[block]), 1, [-100] * len(encode(texts[block])))
+        feed(block, encode(words.headers[block]), 1)
 
     paragraphs: dict[str, list[Row]] = {name: [] for name in names}
     number = dict.fromkeys(names, 0)
@@ -189,7 +187,7 @@ def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> 
         step += 1
         choosing = []
         for name, tokens in pending.items():
-            paragraphs[name] += feed(name, tokens, step, [-100] * len(tokens), len(paragraphs[name]))
+            paragraphs[name] += feed(name, tokens, step, len(paragraphs[name]))
             if not planned[name]:
                 choosing.append(name)
                 if tokens == ends_of_line:
