@@ -195,11 +195,15 @@ def test_all_at_once_equals_the_engine_step_by_step(encode, layout, workers):
     weights = random_weights(config, torch.float64, biases=False)
     teams = [sorted(rng.sample(TEAM, workers)) for _ in range(3)]
     transcripts = [
-        transcript(make_sheet(rng, lines, 0.5), team, layout, encode)[0] for lines, team in zip((2, 5, 7), teams)
+        transcript(make_sheet(rng, lines, 0.5), team, layout, encode, rng, slips)[0]
+        for lines, slips, team in zip((2, 5, 7), (0, 0, 0.2), teams)
     ]
     with torch.no_grad():
         logits = train.forward(train.make_batch(transcripts, teams, layout), weights, config)
-    for together, rows, team in zip(logits, transcripts, teams):
+    _, arranged = train.arrange(transcripts, teams, layout)
+    for together, by_block, rows, team in zip(logits, arranged, transcripts, teams):
+        place = {id(row): n for n, row in enumerate(by_block)}
+        together = together[[place[id(row)] for row in rows]]
         views = train.views_of(layout, team)
         cache, checked = Cache(config, list(views), torch.float64), 0
         for step in range(max(row.step for row in rows) + 1):

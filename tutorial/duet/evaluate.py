@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from sheets import WAIT, Encoder, Sheet, make_sheet, make_tokenizer, transcript
+from sheets import TAKEN, Encoder, Sheet, make_sheet, make_tokenizer, transcript
 
 from minihogwild import Sampling, load
 from minihogwild.generate import DUET, Run
@@ -23,7 +23,7 @@ from minihogwild.layouts import LAYOUTS
 from minihogwild.prompts import NAMES
 
 SEED = 2**31  # training draws its sheets from seeds that are texts: no sheet is met again but by chance
-CLAIM = re.compile(rf"{WAIT}*(\w) = ")
+CLAIM = re.compile(rf"(?:\w{re.escape(TAKEN)})*(\w) = ")
 RESULT = re.compile(r", so (\w) = (\d+)\.\s*$")
 
 

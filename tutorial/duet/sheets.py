@@ -10,15 +10,16 @@ A worker claims a line by writing its name, works it out column by column from t
 
     c = a + b = 75 + 125: 5+5=10, 7+2+1=10, 0+1+1=2, so c = 200.
 
-The expert takes the first line that nobody has begun and whose results are there to be read. Workers that choose in
-the same step choose in the order of their names: the first takes the first such line, the second the second. Where
-there is none, but lines are left, it waits for a step (`…`). Once no more lines are left than workers that choose
-before it, it says so, and retires.
+The expert names the first line that nobody has named and whose results are there to be read; where there is none, the
+first that nobody has named. One token later it sees who else has named that line. If somebody has before, or in the
+same step and comes earlier among the workers, it backs off (`c? `) and names another; else the line is its own. Where
+a result is not there yet it waits (`…`). When all lines are named it says so, and retires.
 """
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -27,7 +28,7 @@ from minihogwild.layouts import COMMON, LAYOUTS
 from minihogwild.prompts import NAMES, Prompts, fill
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WAIT, NOTHING, END_OF_LINE, END = "…", "nothing left", ".\n\n", "<|end|>"
+WAIT, TAKEN, NOTHING, END_OF_LINE, END = "…", "? ", "nothing left", ".\n\n", "<|end|>"
 PROMPTS = Prompts(
     together="{names}:\n{problem}\n",
     alone="{problem}\n",
@@ -39,7 +40,7 @@ PROMPTS = Prompts(
     boxed=False,
 )
 # Each is one token, as is every byte
-WORDS = [" = ", " + ", ", ", ", so ", ": ", "\n\n", END_OF_LINE, WAIT, NOTHING, "**", " [", "]:** ", *NAMES.split()]
+WORDS = [" = ", " + ", ", ", ", so ", ": ", "\n\n", END_OF_LINE, WAIT, TAKEN, NOTHING, "**", " [", "]:** ", *NAMES.split()]
 
 
 def make_tokenizer() -> Tokenizer:
@@ -77,6 +78,10 @@ class Sheet:
             values[name] = values.get(x, x) + values.get(y, y)
         return values
 
+    def needs(self, name: str) -> set[str]:
+        """The lines whose results a line adds."""
+        return self.lines.keys() & set(self.lines[name])
+
     def __str__(self) -> str:
         return "\n".join(f"{name} = {x} + {y}" for name, (x, y) in self.lines.items())
 
@@ -100,8 +105,8 @@ def make_sheet(
     )
 
 
-def work(sheet: Sheet, name: str, values: dict[str, int]) -> str:
-    """The whole paragraph in which a line is worked out."""
+def work(sheet: Sheet, name: str, values: dict[str, int]) -> list[tuple[str, str]]:
+    """The paragraph in which a line is worked out, after its name: pieces, each with the line whose result it needs."""
     x, y = sheet.lines[name]
     left, right = str(values.get(x, x)), str(values.get(y, y))
     columns, carry = [], 0
@@ -109,14 +114,16 @@ def work(sheet: Sheet, name: str, values: dict[str, int]) -> str:
         digits = [int(number[-n]) if n <= len(number) else 0 for number in (left, right)] + [carry] * bool(carry)
         columns.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
         carry = sum(digits) // 10
-    given = f"{x} + {y} = " if x in values else ""
-    return f"{name} = {given}{left} + {right}: {', '.join(columns)}, so {name} = {values[name]}{END_OF_LINE}"
+    given = [("", f"{x} + {y} = ")] if x in values else []
+    result = f"{right}: {', '.join(columns)}, so {name} = {values[name]}{END_OF_LINE}"
+    needed = (x, y) if x in values else ("", "")
+    return [("", " = "), *given, (needed[0], f"{left} + "), (needed[1], result)]
 
 
 LATE = 10**6  # after all steps
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One token of a transcript, with the two homes that it has: its own block, and later the common one."""
 
@@ -124,10 +131,10 @@ class Row:
     block: str
     index: int  # in its block
     step: int  # in which it is fed
-    target: int = -100  # the token that is sampled from it; -100 for none
+    target: int = -100  # the token that is to be sampled from it; -100 for none
     moved: int = LATE  # the step after which it moves
     home: int = 0  # its index in the common block from then on
-    choice: bool = False  # is the target a claim, a wait, or a retirement
+    choice: bool = False  # is the target a choice: which line, or mine or taken, or wait or go on
 
 
 class Encoder:
@@ -144,16 +151,69 @@ class Encoder:
         return self.known[text]
 
 
-def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> tuple[list[Row], int]:
+@dataclass
+class Board:
+    """What all workers can read in each other's texts."""
+
+    named: set[str] = field(default_factory=set)  # lines
+    taken: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Word:
+    """A token that the expert writes."""
+
+    token: int
+    choice: bool = False
+    taught: bool = True  # or a slip, shown for what comes after it
+    names: str = ""  # the line that it names,
+    ends: str = ""  # or completes
+
+
+def expert(sheet: Sheet, board: Board, encode: Encoder, rng: random.Random, slips: float) -> Iterator[Word]:
+    """What one worker writes, a token at a time. The board is as it is when all tokens of that step have been fed.
+
+    `slips`: how often it names any line, or waits for nothing. So transcripts show what to do after mistakes.
+    """
+    values = sheet.values
+
+    def write(text: str, **first: object) -> list[Word]:
+        token, *rest = encode(text)
+        return [Word(token, **first), *map(Word, rest)]
+
+    while left := [line for line in sheet.lines if line not in board.named]:
+        ready = [line for line in left if sheet.needs(line) <= board.done]
+        slip = rng.random() < slips
+        possible = [line for line in sheet.lines if sheet.needs(line) <= board.named]
+        line = rng.choice(possible) if slip else (ready or left)[0]
+        yield from write(line, choice=True, taught=not slip, names=line)
+        if line in board.taken:
+            yield from write(TAKEN, choice=True)
+            continue
+        board.taken.add(line)
+        for needed, text in work(sheet, line, values):
+            while (needed and needed not in board.done) or (needed and rng.random() < slips):
+                yield from write(WAIT, choice=True, taught=needed not in board.done)
+            words = write(text, choice=bool(needed) or text == " = ")
+            if text.endswith(END_OF_LINE):
+                words[-1].ends = line
+            yield from words
+    yield from write(NOTHING, choice=True)
+    yield from write(END)
+
+
+def transcript(
+    sheet: Sheet, names: list[str], layout: str, encode: Encoder, rng: random.Random | None = None, slips: float = 0
+) -> tuple[list[Row], int]:
     """(every token that the workers of a run would feed, were they all experts; the number of forward steps)
 
     Prompt and headers are fed in steps 0 and 1. The loop's rules are those of `minihogwild.generate`.
     """
-    rules, words, values = LAYOUTS[layout], PROMPTS, sheet.values
+    rules, words = LAYOUTS[layout], PROMPTS
     problem = {"problem": sheet, "n": len(names), "names": ", ".join(names)}
     prompt = encode(fill(words.together if rules.prefix else words.alone, **problem))
-    end = encode.tokenizer.token_to_id(END)
-    ends_of_line, waiting = encode(END_OF_LINE), encode(WAIT)
+    end, (end_of_line,) = encode.tokenizer.token_to_id(END), encode(END_OF_LINE)
     rows: list[Row] = []
 
     def feed(block: str, tokens: list[int], step: int, index: int = 0) -> list[Row]:
@@ -172,52 +232,37 @@ def transcript(sheet: Sheet, names: list[str], layout: str, encode: Encoder) -> 
     paragraphs: dict[str, list[Row]] = {name: [] for name in names}
     number = dict.fromkeys(names, 0)
 
-    def begin(name: str) -> list[int]:
+    def begin(name: str) -> list[Word]:
         number[name] += 1
         paragraphs[name] = []
-        return encode(fill(words.prefix, name=name, number=number[name])) if rules.prefix else own
+        return [Word(t) for t in (encode(fill(words.prefix, name=name, number=number[name])) if rules.prefix else own)]
 
+    board, rng = Board(), rng or random.Random(0)
+    writing = {name: expert(sheet, board, encode, rng, slips) for name in names}
     pending = {name: begin(name) for name in names}  # what each feeds next
-    planned: dict[str, list[int]] = {name: [] for name in names}  # what it will write after that
-    begun: set[str] = set()
-    finishing: dict[str, str] = {}  # worker -> the line that it is at work on
-    done: set[str] = set()
     step = 1
     while pending:
         step += 1
-        choosing = []
-        for name, tokens in pending.items():
-            paragraphs[name] += feed(name, tokens, step, len(paragraphs[name]))
-            if not planned[name]:
-                choosing.append(name)
-                if tokens == ends_of_line:
-                    done.add(finishing.pop(name))
-        for name in list(choosing):
-            closes, retires = pending[name] == ends_of_line and rules.paragraphs, pending[name] == [end]
+        for name, fed in pending.items():
+            paragraphs[name] += feed(name, [word.token for word in fed], step, len(paragraphs[name]))
+            board.named.update(word.names for word in fed if word.names)
+            board.done.update(word.ends for word in fed if word.ends)
+        for name in list(pending):
+            token = pending[name][-1].token
+            closes, retires = token == end_of_line and rules.paragraphs, token == end
             if closes or (retires and rules.moves_retired):
                 for row in paragraphs[name]:
                     row.moved, row.home = step, common
                     common += 1
             if closes:
                 pending[name] = begin(name)
-            if retires:
+            elif retires:
                 del pending[name]
-            if closes or retires:
-                choosing.remove(name)
-        left = [line for line in sheet.lines if line not in begun]
-        ready = [line for line in left if {*sheet.lines[line]} <= done or sheet.lines[line][0] not in values]
-        for rank, name in enumerate(choosing):
-            if rank < len(ready):
-                line = finishing[name] = ready[rank]
-                begun.add(line)
-                planned[name] = encode(work(sheet, line, values))
             else:
-                planned[name] = waiting if rank < len(left) else [*encode(NOTHING), end]
-        for name in pending:
-            if planned[name]:
-                token, *planned[name] = planned[name]
-                paragraphs[name][-1].target, paragraphs[name][-1].choice = token, name in choosing
-                pending[name] = [token]
+                word = next(writing[name])
+                pending[name] = [word]
+                if word.taught:
+                    paragraphs[name][-1].target, paragraphs[name][-1].choice = word.token, word.choice
     return rows, step - 1
 
 

@@ -33,27 +33,28 @@ DEFAULT_PROBLEM_SEED = 7
 
 @dataclass
 class Batch:
-    """Transcripts of one layout and number of workers. Z transcripts, T rows, B blocks (the common one first).
+    """Transcripts of one layout and number of workers. Z transcripts, B blocks (the common one first), T rows.
 
-    Keys where they were written lie by block: S[b] slots for each, C in all.
+    Rows lie by block, in the order in which they were written; a block has as many as it needs in any transcript.
     """
 
-    sizes: list[int]  # S, [B]
+    sizes: list[int]  # [B]: rows of each block
     moves: bool  # do paragraphs move at all
+    views: Tensor  # [B, B]: does the block's writer see that block
     tokens: Tensor  # [Z, T]
     targets: Tensor  # [Z, T]
     index: Tensor  # [Z, T]: in the own block
     home: Tensor  # [Z, T]: in the common block, once moved
-    step: Tensor  # [Z, T]; places that are not used come last, and late
+    step: Tensor  # [Z, T]: in which it is fed; late where the row is not used
     moved: Tensor  # [Z, T]: the step after which the row's paragraph moves
-    block: Tensor  # [Z, T]
-    choice: Tensor  # [Z, T]: 1 where the target is a choice among lines
+    choice: Tensor  # [Z, T]: 1 where the target is a choice
     distance: Tensor  # [Z, T, B]: from a block's start to the row, in the row's view
-    slots: Tensor  # [Z, C]: the row whose key lies there; -1 for none
-    views: Tensor  # [B, B]: does the block's writer see that block
 
     def to(self, device: str) -> "Batch":
         return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+UNUSED = Row(0, "", 0, 2 * LATE)
 
 
 def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
@@ -62,64 +63,84 @@ def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
     return views | {name: LAYOUTS[layout].view(name, [n for n in names if n != name]) for name in names}
 
 
+def arrange(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> tuple[list[int], list[list[Row]]]:
+    """(rows that each block gets; for each transcript all T rows, by block)"""
+    by_block = []  # for each transcript and block: the rows
+    for rows, team in zip(transcripts, names):
+        blocks = {block: [] for block in views_of(layout, team)}
+        for row in rows:
+            blocks[row.block].append(row)
+        by_block.append(list(blocks.values()))
+    sizes = [max(map(len, same)) for same in zip(*by_block)]
+    return sizes, [
+        [row for size, rows in zip(sizes, blocks) for row in rows + [UNUSED] * (size - len(rows))]
+        for blocks in by_block
+    ]
+
+
 def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> Batch:
-    Z, T, B = len(transcripts), max(map(len, transcripts)), len(views_of(layout, names[0]))
-    fields = torch.tensor([0, -100, 0, 0, 2 * LATE, LATE, 0, 0]).repeat(Z, T, 1)
-    distance = torch.zeros(Z, T, B, dtype=torch.int64)
-    rows_of = []  # for each transcript and block
-    same = views_of(layout, names[0])  # for all transcripts, but for the names
-    for z, (rows, team) in enumerate(zip(transcripts, names)):
+    sizes, arranged = arrange(transcripts, names, layout)
+    B = len(sizes)
+    block = torch.arange(B).repeat_interleave(torch.tensor(sizes))
+    fields, distances = [], []
+    for rows, team in zip(arranged, names):
+        of_row = [(r.token, r.target, r.index, r.home, r.step, r.moved, r.choice) for r in rows]
+        fields.append(torch.tensor(of_row, dtype=torch.int32))
+        _, _, index, _, step, moved, _ = fields[-1].long().unbind(1)
+
+        # Lengths of all blocks after the writes of each step
+        used, gone = step < LATE, moved < LATE
+        lengths = torch.zeros(B, int(step[used].max()) + 2, dtype=torch.int64)
+        lengths.index_put_((block[used], step[used]), torch.tensor(1), accumulate=True)
+        lengths.index_put_((block[gone], moved[gone] + 1), torch.tensor(-1), accumulate=True)
+        lengths[0].index_put_((moved[gone] + 1,), torch.tensor(1), accumulate=True)
+        lengths = lengths.cumsum(1)
         views = views_of(layout, team)
         order = {block: b for b, block in enumerate(views)}
-        own = [(r.token, r.target, r.index, r.home, r.step, r.moved, order[r.block], r.choice) for r in rows]
-        fields[z, : len(rows)] = torch.tensor(own)
-        _, _, index, _, step, moved, block, _ = fields[z, : len(rows)].unbind(1)
-        rows_of.append([(block == b).nonzero()[:, 0] for b in range(B)])
-
-        lengths = torch.zeros(B, int(step.max()) + 2, dtype=torch.int64)  # of each block, after the writes of a step
-        lengths.index_put_((block, step), torch.tensor(1), accumulate=True)
-        gone = moved < LATE
-        lengths.index_put_((block[gone], moved[gone] + 1), torch.tensor(-1), accumulate=True)
-        lengths.index_put_((torch.zeros_like(block[gone]), moved[gone] + 1), torch.tensor(1), accumulate=True)
-        lengths = lengths.cumsum(1)
         begins = torch.zeros(B, *lengths.shape, dtype=torch.int64)  # of a block in the view of each block's writer
         for b, view in enumerate(views.values()):
             seen = torch.tensor([order[other] for other in view])
             begins[b, seen[1:]] = lengths[seen[:-1]].cumsum(0)
-        position = begins[block, block, step] + index
-        distance[z, : len(rows)] = position[:, None] - begins[block, :, step]
-
-    sizes = [max(len(blocks[b]) for blocks in rows_of) for b in range(B)]
-    slots = [[F.pad(rows, (0, size - len(rows)), value=-1) for rows, size in zip(blocks, sizes)] for blocks in rows_of]
+        now = step.where(used, 0)
+        distances.append((begins[block, block, now] + index)[:, None] - begins[block, :, now])
     return Batch(
         sizes,
         LAYOUTS[layout].paragraphs,
-        *fields.unbind(2),
-        distance,
-        slots=torch.stack([torch.cat(blocks) for blocks in slots]),
-        views=torch.tensor([[other in view for other in same] for view in same.values()]),
+        torch.tensor([[other in view for other in views] for view in views.values()]),
+        *torch.stack(fields).unbind(2),
+        distance=torch.stack(distances).int(),
     )
 
 
 def visible(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which keys each row sees: where they were written, [Z, T, C], and where they have moved to, [Z, T, T]."""
-    fields = (batch.step, batch.moved, batch.index, batch.block)
-    step, moved, index, block = (field[:, :, None] for field in fields)
-    written, leaves, place, home = (field.gather(1, batch.slots.clamp(min=0))[:, None] for field in fields)
-    same = (block == home) & (moved == leaves) & (index >= place)
-    others = (block != home) & batch.views[block, home] & (written <= step) & (step <= leaves)
-    used = (batch.slots >= 0)[:, None] & (step < LATE)
-    return used & (same | others), (batch.moved[:, None] < step) & (step < LATE)
+    """Which keys each row sees, [Z, T, T] each: where they were written; where they have moved to."""
+    step, moved, index = (field[:, :, None] for field in (batch.step, batch.moved, batch.index))
+    written, leaves, place = (field[:, None] for field in (batch.step, batch.moved, batch.index))
+    block = torch.arange(len(batch.sizes), device=step.device).repeat_interleave(
+        torch.tensor(batch.sizes, device=step.device)
+    )
+    own = block[:, None] == block
+    same = own & (moved == leaves) & (index >= place) & (written < LATE)
+    others = ~own & batch.views[block][:, block] & (written <= step) & (step <= leaves)
+    used = step < LATE
+    return used & (same | others), used & (leaves < step)
 
 
 # ---- the forward
 
 
-def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate [..., D] by the complex numbers [..., D / 2]; never in less than float32."""
-    a, b = x.to(turns.real.dtype).chunk(2, -1)
-    turned = torch.complex(a, b) * turns
-    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [..., D] by angles [..., D / 2]; never in less than float32."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    return (scores + mask).softmax(-1)
+
+
+if torch.cuda.is_available():  # one pass over the memory each
+    turn, masked_softmax = (torch.compile(function, dynamic=True) for function in (turn, masked_softmax))
 
 
 def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
@@ -127,35 +148,34 @@ def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
     H, D = config.num_attention_heads, config.head_dim
     assert config.num_key_value_heads == H  # no groups: this is for duet
     x = F.embedding(batch.tokens, weights.embed)  # [Z, T, E]
-    half = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
-    frequencies = config.rope.rope_theta ** (-half / D)
+    frequencies = config.rope.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)
 
-    def turns(positions: Tensor) -> Tensor:
+    def turns(positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[..., None, None] * frequencies
-        return torch.polar(torch.ones_like(angles), angles).to(x.dtype.to_complex())
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     to_row, to_index, to_home = turns(batch.distance), turns(batch.index), turns(batch.home)
-    mask = torch.cat(visible(batch)[: 1 + batch.moves], -1)[:, None]  # [Z, 1, T, C or C + T]
-    dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    slots = batch.slots.clamp(min=0)[:, :, None, None]
-    mask = torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill_(~mask, -math.inf)
-    mask[..., 0] = mask[..., 0].where(mask.amax(-1) == 0, 0)  # rows that are not used see something: no NaN
+    mixed_precision = torch.is_autocast_enabled(x.device.type)
+    sees = torch.cat(visible(batch)[: 1 + batch.moves], -1)[:, None]  # [Z, 1, T, T or 2T]
+    sees[..., 0] |= ~sees.any(-1)  # rows that are not used see something: no NaN
+    mask = torch.zeros(sees.shape, dtype=torch.bfloat16 if mixed_precision else x.dtype, device=x.device)
+    mask.masked_fill_(~sees, -math.inf)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
 
     for layer in weights.layers:
         q, k, v = F.linear(norm(x, layer.attn_norm), layer.qkv).unflatten(-1, (3 * H, D)).chunk(3, -2)  # [Z, T, H, D]
-        queries = turn(q[:, :, None] / D**0.5, to_row).permute(2, 0, 3, 1, 4).unbind()  # B times [Z, H, T, D]
+        queries = turn(q[:, :, None] / D**0.5, *to_row).permute(2, 0, 3, 1, 4).unbind()  # B times [Z, H, T, D]
         # Where they were written, a block's keys meet the queries that are rotated for it;
-        keys, values = turn(k, to_index).take_along_dim(slots, 1), v.take_along_dim(slots, 1)  # [Z, C, H, D]
-        scores = [q @ k.permute(0, 2, 3, 1) for q, k in zip(queries, keys.split(batch.sizes, 1))]
+        keys = turn(k, *to_index).permute(0, 2, 3, 1).split(batch.sizes, -1)  # B times [Z, H, D, S]
+        scores = [query @ of_block for query, of_block in zip(queries, keys)]
         if batch.moves:  # where they have moved to, those for the common block
-            scores.append(queries[0] @ turn(k, to_home).permute(0, 2, 3, 1))
-            values = torch.cat((values, v), 1)
-        scores = torch.cat(scores, -1).add_(mask)
+            scores.append(queries[0] @ turn(k, *to_home).permute(0, 2, 3, 1))
+            v = torch.cat((v, v), 1)
         with torch.autocast(x.device.type, enabled=False):  # else softmax would be float32: twice the traffic
-            mixed = scores.softmax(-1) @ values.transpose(1, 2).to(scores.dtype)
+            attention = masked_softmax(torch.cat(scores, -1), mask)
+            mixed = attention @ v.transpose(1, 2).to(attention.dtype)
         x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
         gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
         x = x + F.linear(F.silu(gate) * up, layer.down)
@@ -186,7 +206,8 @@ LESSONS = {
     ("combined", 1): 2, ("combined", 2): 6, ("combined", 3): 7, ("combined", 4): 8, ("combined", 6): 3,
     ("independent", 1): 2,
 }  # fmt: skip
-CHOICE = 10  # how much a choice among lines weighs in the loss; any other token weighs 1
+CHOICE = 10  # how much a choice (which line, mine or taken, wait or go on) weighs in the loss; any other token: 1
+SLIPS = 0.1  # how often the expert errs in every other transcript, so that duet learns to go on from its own errors
 
 
 class Lessons(torch.utils.data.IterableDataset):
@@ -209,7 +230,7 @@ class Lessons(torch.utils.data.IterableDataset):
                 # Choices among lines are what is hard to learn; short sums hold more of them
                 sheet = make_sheet(rng, lines, dependent, first, most_digits=rng.choice([1, 1, 3]))
                 team = sorted(rng.sample(names, workers))  # any of eight names, so that a larger team has no new ones
-                lesson.append((transcript(sheet, team, layout, encode)[0], team))
+                lesson.append((transcript(sheet, team, layout, encode, rng, rng.choice([0, SLIPS]))[0], team))
             lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
             for n in rng.sample(range(0, len(lesson), self.size), 4):
                 transcripts, teams = zip(*lesson[n : n + self.size])
@@ -283,7 +304,8 @@ def main() -> None:
         batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = forward(batch, weights, config)
-        loss = F.cross_entropy(logits.float().mT, batch.targets, ignore_index=-100, reduction="none")  # [Z, T]
+        flat = logits.float().flatten(0, 1), batch.targets.long().flatten()
+        loss = F.cross_entropy(*flat, ignore_index=-100, reduction="none").view_as(batch.targets)
         weight = (batch.targets >= 0) * (1 + (CHOICE - 1) * batch.choice)
         loss = (loss * weight).sum() / weight.sum()
         loss.backward()
