@@ -40,7 +40,22 @@ PROMPTS = Prompts(
     boxed=False,
 )
 # Each is one token, as is every byte
-WORDS = [" = ", " + ", ", ", ", so ", ": ", "\n\n", END_OF_LINE, WAIT, TAKEN, NOTHING, "**", " [", "]:** ", *NAMES.split()]
+WORDS = [
+    " = ",
+    " + ",
+    ", ",
+    ", so ",
+    ": ",
+    "\n\n",
+    END_OF_LINE,
+    WAIT,
+    TAKEN,
+    NOTHING,
+    "**",
+    " [",
+    "]:** ",
+    *NAMES.split(),
+]
 
 
 def make_tokenizer() -> Tokenizer:

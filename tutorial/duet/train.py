@@ -197,7 +197,7 @@ SETTINGS = {
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    "rope_theta": 100000.0,
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
@@ -232,9 +232,10 @@ class Lessons(torch.utils.data.IterableDataset):
                 team = sorted(rng.sample(names, workers))  # any of eight names, so that a larger team has no new ones
                 lesson.append((transcript(sheet, team, layout, encode, rng, rng.choice([0, SLIPS]))[0], team))
             lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
-            for n in rng.sample(range(0, len(lesson), self.size), 4):
-                transcripts, teams = zip(*lesson[n : n + self.size])
-                yield make_batch(transcripts, teams, layout)
+            parts = [zip(*lesson[n : n + self.size]) for n in range(0, len(lesson), self.size)]
+            batches = [make_batch(transcripts, teams, layout) for transcripts, teams in parts]
+            for _ in range(2):  # twice: writing them takes longer than learning from them
+                yield from rng.sample(batches, len(batches))
 
 
 def initialise(config: Config, seed: int, device: str) -> Weights:
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="transcripts")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at its highest")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loaders", type=int, default=14, help="processes that write transcripts")
+    parser.add_argument("--loaders", type=int, default=7, help="processes that write transcripts")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
