@@ -231,9 +231,9 @@ def test_all_at_once_equals_the_engine_step_by_step(encode, layout, workers):
     ]
     with torch.no_grad():
         logits = train.forward(train.make_batch(transcripts, teams, layout), weights, config)
-    _, arranged = train.arrange(transcripts, teams, layout)
-    for together, by_block, rows, team in zip(logits, arranged, transcripts, teams):
-        place = {id(row): n for n, row in enumerate(by_block)}
+    _, arranged = train.arrange([train.by_block(rows, team, layout) for rows, team in zip(transcripts, teams)])
+    for together, in_place, rows, team in zip(logits, arranged, transcripts, teams):
+        place = {id(row): n for n, row in enumerate(in_place)}
         together = together[[place[id(row)] for row in rows]]
         views = train.views_of(layout, team)
         cache, checked = Cache(config, list(views), torch.float64), 0

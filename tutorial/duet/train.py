@@ -9,6 +9,7 @@ it was fed until the paragraph moved, the second from then on. As in the engine,
 import argparse
 import json
 import math
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from minihogwild.load import empty_weights, parse_config
 from minihogwild.prompts import NAMES
 
 DEFAULT_PROBLEM_SEED = 7
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # no two batches are of one size
 
 
 # ---- transcripts as tensors
@@ -35,7 +37,8 @@ DEFAULT_PROBLEM_SEED = 7
 class Batch:
     """Transcripts of one layout and number of workers. Z transcripts, B blocks (the common one first), T rows.
 
-    Rows lie by block, in the order in which they were written; a block has as many as it needs in any transcript.
+    Rows lie by block, in the order in which they were written; a block has as many as it needs in any transcript,
+    and some that are not used.
     """
 
     sizes: list[int]  # [B]: rows of each block
@@ -55,6 +58,7 @@ class Batch:
 
 
 UNUSED = Row(0, "", 0, 2 * LATE)
+ALIGN = 8  # rows: so that matrices are what the tensor cores like
 
 
 def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
@@ -63,27 +67,31 @@ def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
     return views | {name: LAYOUTS[layout].view(name, [n for n in names if n != name]) for name in names}
 
 
-def arrange(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> tuple[list[int], list[list[Row]]]:
-    """(rows that each block gets; for each transcript all T rows, by block)"""
-    by_block = []  # for each transcript and block: the rows
-    for rows, team in zip(transcripts, names):
-        blocks = {block: [] for block in views_of(layout, team)}
-        for row in rows:
-            blocks[row.block].append(row)
-        by_block.append(list(blocks.values()))
-    sizes = [max(map(len, same)) for same in zip(*by_block)]
+def by_block(rows: list[Row], team: list[str], layout: str) -> dict[str, list[Row]]:
+    """The rows of each block; the common one first, then headers, then the workers', the longest first."""
+    blocks = {block: [] for block in views_of(layout, team)}
+    for row in rows:
+        blocks[row.block].append(row)
+    return dict(sorted(blocks.items(), key=lambda item: len(item[1]) if item[0] in team else math.inf, reverse=True))
+
+
+def arrange(transcripts: list[dict[str, list[Row]]]) -> tuple[list[int], list[list[Row]]]:
+    """(how many rows each block gets, all T rows of each transcript)"""
+    sizes = [max(map(len, blocks)) for blocks in zip(*(blocks.values() for blocks in transcripts))]
+    sizes = [-(-size // ALIGN) * ALIGN for size in sizes]
     return sizes, [
-        [row for size, rows in zip(sizes, blocks) for row in rows + [UNUSED] * (size - len(rows))]
-        for blocks in by_block
+        [row for size, rows in zip(sizes, blocks.values()) for row in rows + [UNUSED] * (size - len(rows))]
+        for blocks in transcripts
     ]
 
 
-def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str) -> Batch:
-    sizes, arranged = arrange(transcripts, names, layout)
+def make_batch(transcripts: list[list[Row]], teams: list[list[str]], layout: str) -> Batch:
+    blocks_of = [by_block(rows, team, layout) for rows, team in zip(transcripts, teams)]
+    sizes, arranged = arrange(blocks_of)
     B = len(sizes)
     block = torch.arange(B).repeat_interleave(torch.tensor(sizes))
     fields, distances = [], []
-    for rows, team in zip(arranged, names):
+    for rows, blocks, team in zip(arranged, blocks_of, teams):
         of_row = [(r.token, r.target, r.index, r.home, r.step, r.moved, r.choice) for r in rows]
         fields.append(torch.tensor(of_row, dtype=torch.int32))
         _, _, index, _, step, moved, _ = fields[-1].long().unbind(1)
@@ -95,18 +103,17 @@ def make_batch(transcripts: list[list[Row]], names: list[list[str]], layout: str
         lengths.index_put_((block[gone], moved[gone] + 1), torch.tensor(-1), accumulate=True)
         lengths[0].index_put_((moved[gone] + 1,), torch.tensor(1), accumulate=True)
         lengths = lengths.cumsum(1)
-        views = views_of(layout, team)
-        order = {block: b for b, block in enumerate(views)}
+        order, views = {name: b for b, name in enumerate(blocks)}, views_of(layout, team)
         begins = torch.zeros(B, *lengths.shape, dtype=torch.int64)  # of a block in the view of each block's writer
-        for b, view in enumerate(views.values()):
+        for name, view in views.items():
             seen = torch.tensor([order[other] for other in view])
-            begins[b, seen[1:]] = lengths[seen[:-1]].cumsum(0)
+            begins[order[name], seen[1:]] = lengths[seen[:-1]].cumsum(0)
         now = step.where(used, 0)
         distances.append((begins[block, block, now] + index)[:, None] - begins[block, :, now])
     return Batch(
         sizes,
         LAYOUTS[layout].paragraphs,
-        torch.tensor([[other in view for other in views] for view in views.values()]),
+        torch.tensor([[other in views[name] for other in blocks] for name in blocks]),
         *torch.stack(fields).unbind(2),
         distance=torch.stack(distances).int(),
     )
@@ -222,15 +229,16 @@ class Lessons(torch.utils.data.IterableDataset):
         encode, names = Encoder(make_tokenizer()), NAMES.split()[:8]
         while True:
             (layout, workers) = rng.choices(list(LESSONS), LESSONS.values())[0]
+            # Choices among lines are what is hard to learn; short sums hold more of them
+            most_digits, slips = rng.choice([1, 1, 3]), rng.choice([0, SLIPS])
             lesson = []
             for _ in range(4 * self.size):
                 lines = rng.choice([12, 12, 12, rng.randint(1, 14)])
                 first = rng.choice([0, rng.randint(0, 26 - lines)])  # any letters, so that longer sheets are no news
                 dependent = rng.choice([1 / 3, 1 / 3, 1 / 3, rng.uniform(0, 0.6)])
-                # Choices among lines are what is hard to learn; short sums hold more of them
-                sheet = make_sheet(rng, lines, dependent, first, most_digits=rng.choice([1, 1, 3]))
+                sheet = make_sheet(rng, lines, dependent, first, most_digits)
                 team = sorted(rng.sample(names, workers))  # any of eight names, so that a larger team has no new ones
-                lesson.append((transcript(sheet, team, layout, encode, rng, rng.choice([0, SLIPS]))[0], team))
+                lesson.append((transcript(sheet, team, layout, encode, rng, slips)[0], team))
             lesson.sort(key=lambda pair: len(pair[0]))  # batches of one length, or most of it would be padding
             parts = [zip(*lesson[n : n + self.size]) for n in range(0, len(lesson), self.size)]
             batches = [make_batch(transcripts, teams, layout) for transcripts, teams in parts]
