@@ -5,6 +5,7 @@ python tutorial/duet/evaluate.py --sheets 200 --figure tutorial/figures/duet.svg
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -25,6 +26,7 @@ from minihogwild.prompts import NAMES
 SEED = 2**31  # training draws its sheets from seeds that are texts: no sheet is met again but by chance
 CLAIM = re.compile(rf"(?:\w{re.escape(TAKEN)})*(\w) = ")
 RESULT = re.compile(r", so (\w) = (\d+)\.\s*$")
+loaded = functools.cache(load)  # once in each process
 
 
 def fresh_sheets(count: int, fewest: int = 12, most: int = 12) -> list[Sheet]:
@@ -34,8 +36,9 @@ def fresh_sheets(count: int, fewest: int = 12, most: int = 12) -> list[Sheet]:
 
 def measure(job: tuple) -> dict:
     """One sheet by one team: what came of it."""
-    model, layout, workers, sheet, expert = job
+    model, dtype, layout, workers, sheet, expert = job
     torch.set_num_threads(1)
+    model = loaded(model, dtype, "cpu")
     began = time.perf_counter()
     run = Run(model, str(sheet), workers, layout, max_steps=200 * len(sheet.lines), sampling=Sampling())
     growing: dict[str, str] = {}  # by worker: what it has written of the line that it is at
@@ -66,24 +69,40 @@ def measure(job: tuple) -> dict:
         "steps": run.forward_steps,
         "expert": expert,
         "duplicates": len(claims) - len(set(claims)),
+        "backed_off": sum("".join(worker.paragraphs).count(TAKEN) for worker in run.workers),
         "retired": run.stopped_by == "retired",
         "seconds": time.perf_counter() - began,
         "solved": solved,
     }
 
 
-def evaluate(model, layout: str, workers: int, sheets: list, pool: ProcessPoolExecutor) -> dict:
+def evaluate(model: str, dtype: str, layout: str, workers: int, sheets: list, pool: ProcessPoolExecutor) -> dict:
     """Means over the sheets; `solved[n]` is the mean number of lines solved after n steps."""
     encode, team = Encoder(make_tokenizer()), NAMES.split()[:workers]
     alone = layout == "independent"  # each has the whole sheet to itself
     expert = [transcript(sheet, team[:1] if alone else team, layout, encode)[1] for sheet in sheets]
-    rows = list(pool.map(measure, [(model, layout, workers, *pair) for pair in zip(sheets, expert)]))
+    rows = list(pool.map(measure, [(model, dtype, layout, workers, *pair) for pair in zip(sheets, expert)]))
     means = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key != "solved"}
     counts = [0] * (1 + max(row["steps"] for row in rows))
     for step in (step for row in rows for step in row["solved"]):
         counts[step] += 1
     solved = [count / len(rows) for count in itertools.accumulate(counts)]
     return {"layout": layout, "workers": workers, **means, "solved": solved}
+
+
+COLUMNS = {
+    "layout": "{layout}",
+    "workers": "{workers}",
+    "lines right": "{right:.2%}",
+    "sheets right": "{whole:.1%}",
+    "steps": "{steps:.1f}",
+    "of the expert's": "{of_expert:.3f}",
+    "of one worker's": "{of_one:.3f}",
+    "duplicates": "{duplicates:.3f}",
+    "backed off": "{backed_off:.2f}",
+    "ended": "{retired:.1%}",
+    "s a sheet": "{seconds:.2f}",
+}
 
 
 def main() -> None:
@@ -95,24 +114,19 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["combined"], choices=LAYOUTS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=Path, help="draw lines solved against forward steps")
     options = parser.parse_args()
-    model = load(options.model, options.dtype, "cpu")
     sheets = fresh_sheets(options.sheets, *options.lines)
-    print("layout       W   lines right   sheets right    steps   /expert   /first W   duplicates   ended   s/sheet")
-    table, base = [], {}
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+    table, one = [], {}
     with ProcessPoolExecutor(options.processes) as pool:
         for layout in options.layouts:
             for workers in options.workers:
-                row = evaluate(model, layout, workers, sheets, pool)
+                row = evaluate(options.model, options.dtype, layout, workers, sheets, pool)
+                row["of_expert"] = row["steps"] / row["expert"]
+                row["of_one"] = row["steps"] / one.setdefault(layout, row["steps"])
                 table.append(row)
-                first = base.setdefault(layout, row["steps"])
-                print(
-                    f"{layout:12} {workers}     {100 * row['right']:6.2f} %       {100 * row['whole']:5.1f} %"
-                    f"  {row['steps']:7.1f}    {row['steps'] / row['expert']:6.3f}     {row['steps'] / first:6.3f}"
-                    f"       {row['duplicates']:6.3f}  {100 * row['retired']:5.1f} %   {row['seconds']:6.2f}",
-                    flush=True,
-                )
+                print(f"| {' | '.join(COLUMNS.values()).format(**row)} |", flush=True)
     if options.figure:
         draw(table, options.figure)
     print(json.dumps([{key: value for key, value in row.items() if key != "solved"} for row in table]))

@@ -170,6 +170,7 @@ class Encoder:
 class Board:
     """What all workers can read in each other's texts."""
 
+    workers: int
     named: set[str] = field(default_factory=set)  # lines
     taken: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
@@ -182,6 +183,7 @@ class Word:
     token: int
     choice: bool = False
     taught: bool = True  # or a slip, shown for what comes after it
+    waits: bool = False
     names: str = ""  # the line that it names,
     ends: str = ""  # or completes
 
@@ -189,7 +191,8 @@ class Word:
 def expert(sheet: Sheet, board: Board, encode: Encoder, rng: random.Random, slips: float) -> Iterator[Word]:
     """What one worker writes, a token at a time. The board is as it is when all tokens of that step have been fed.
 
-    `slips`: how often it names any line, or waits for nothing. So transcripts show what to do after mistakes.
+    `slips`: how often it names just any line, or waits for nothing. So transcripts show what to do after mistakes.
+    (Alone, it never names a line that needs one not yet named: it would wait for ever.)
     """
     values = sheet.values
 
@@ -200,7 +203,7 @@ def expert(sheet: Sheet, board: Board, encode: Encoder, rng: random.Random, slip
     while left := [line for line in sheet.lines if line not in board.named]:
         ready = [line for line in left if sheet.needs(line) <= board.done]
         slip = rng.random() < slips
-        possible = [line for line in sheet.lines if sheet.needs(line) <= board.named]
+        possible = [line for line in sheet.lines if board.workers > 1 or sheet.needs(line) <= board.named]
         line = rng.choice(possible) if slip else (ready or left)[0]
         yield from write(line, choice=True, taught=not slip, names=line)
         if line in board.taken:
@@ -209,7 +212,8 @@ def expert(sheet: Sheet, board: Board, encode: Encoder, rng: random.Random, slip
         board.taken.add(line)
         for needed, text in work(sheet, line, values):
             while (needed and needed not in board.done) or (needed and rng.random() < slips):
-                yield from write(WAIT, choice=True, taught=needed not in board.done)
+                waits = needed not in board.done
+                yield from write(WAIT, choice=True, taught=waits, waits=waits)
             words = write(text, choice=bool(needed) or text == " = ")
             if text.endswith(END_OF_LINE):
                 words[-1].ends = line
@@ -223,7 +227,8 @@ def transcript(
 ) -> tuple[list[Row], int]:
     """(every token that the workers of a run would feed, were they all experts; the number of forward steps)
 
-    Prompt and headers are fed in steps 0 and 1. The loop's rules are those of `minihogwild.generate`.
+    Prompt and headers are fed in steps 0 and 1. The loop's rules are those of `minihogwild.generate`. After slips all
+    workers may wait for a line that nobody is at: then the transcript ends there.
     """
     rules, words = LAYOUTS[layout], PROMPTS
     problem = {"problem": sheet, "n": len(names), "names": ", ".join(names)}
@@ -252,11 +257,11 @@ def transcript(
         paragraphs[name] = []
         return [Word(t) for t in (encode(fill(words.prefix, name=name, number=number[name])) if rules.prefix else own)]
 
-    board, rng = Board(), rng or random.Random(0)
+    board, rng = Board(len(names)), rng or random.Random(0)
     writing = {name: expert(sheet, board, encode, rng, slips) for name in names}
     pending = {name: begin(name) for name in names}  # what each feeds next
     step = 1
-    while pending:
+    while pending and not all(fed[-1].waits for fed in pending.values()):
         step += 1
         for name, fed in pending.items():
             paragraphs[name] += feed(name, [word.token for word in fed], step, len(paragraphs[name]))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minihogwild.config import Config, Weights
 from minihogwild.layouts import COMMON, LAYOUTS
-from minihogwild.load import empty_weights, parse_config
+from minihogwild.load import empty_weights, load, parse_config
 from minihogwild.prompts import NAMES
 
 DEFAULT_PROBLEM_SEED = 7
@@ -213,15 +213,28 @@ LESSONS = {
     ("combined", 1): 2, ("combined", 2): 6, ("combined", 3): 7, ("combined", 4): 8, ("combined", 6): 3,
     ("independent", 1): 2,
 }  # fmt: skip
-CHOICE = 10  # how much a choice (which line, mine or taken, wait or go on) weighs in the loss; any other token: 1
 SLIPS = 0.1  # how often the expert errs in every other transcript, so that duet learns to go on from its own errors
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, with a learning rate that rises for 200 batches and then falls with the clock."""
+
+    minutes: float
+    rate: float  # at its highest
+    most_digits: tuple[int, ...]  # of the numbers of a sheet: one of these
+    choice: float  # how much a choice (which line, mine or taken, wait or go on) weighs in the loss; other tokens: 1
+
+
+# Choices are hardest to learn, and short sums hold more of them. Then what is left to learn are long sums.
+PHASES = (Phase(9.3, 1e-3, (1, 1, 3), 10), Phase(5.4, 6e-4, (1, 3, 3, 3), 5))
 
 
 class Lessons(torch.utils.data.IterableDataset):
     """Batches without end, each of one layout and number of workers. Seed and number of loaders fix them."""
 
-    def __init__(self, seed: int, size: int):
-        self.seed, self.size = seed, size
+    def __init__(self, seed: object, size: int, most_digits: tuple[int, ...]):
+        self.seed, self.size, self.most_digits = seed, size, most_digits
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -229,8 +242,7 @@ class Lessons(torch.utils.data.IterableDataset):
         encode, names = Encoder(make_tokenizer()), NAMES.split()[:8]
         while True:
             (layout, workers) = rng.choices(list(LESSONS), LESSONS.values())[0]
-            # Choices among lines are what is hard to learn; short sums hold more of them
-            most_digits, slips = rng.choice([1, 1, 3]), rng.choice([0, SLIPS])
+            most_digits, slips = rng.choice(self.most_digits), rng.choice([0, SLIPS])
             lesson = []
             for _ in range(4 * self.size):
                 lines = rng.choice([12, 12, 12, rng.randint(1, 14)])
@@ -246,7 +258,7 @@ class Lessons(torch.utils.data.IterableDataset):
                 yield from rng.sample(batches, len(batches))
 
 
-def initialise(config: Config, seed: int, device: str) -> Weights:
+def initialise(config: Config, seed: int) -> Weights:
     """Float32 weights of the usual size: normal, 0.02, those that write to the residual smaller; norms are 1."""
     weights, parts = empty_weights(config, torch.float32, "cpu")
     numbers = torch.Generator().manual_seed(seed)
@@ -254,6 +266,10 @@ def initialise(config: Config, seed: int, device: str) -> Weights:
         writes = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = 0.02 / (2 * config.num_hidden_layers) ** 0.5 if writes else 0.02
         part.copy_(torch.ones(part.shape) if part.dim() == 1 else scale * torch.randn(part.shape, generator=numbers))
+    return weights
+
+
+def trainable(weights: Weights, device: str) -> Weights:
     for holder in (weights, *weights.layers):
         for name, tensor in vars(holder).items():
             if isinstance(tensor, Tensor):
@@ -284,38 +300,25 @@ def save(weights: Weights, config: Config, folder: Path) -> None:
     save_words(folder, str(make_sheet(random.Random(DEFAULT_PROBLEM_SEED))))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains duet.")
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--minutes", type=float, default=9.3)
-    parser.add_argument("--batch", type=int, default=64, help="transcripts")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at its highest")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loaders", type=int, default=7, help="processes that write transcripts")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-    config = parse_config(SETTINGS | {"vocab_size": make_tokenizer().get_vocab_size()})
-    weights = initialise(config, options.seed, device)
+def train(weights: Weights, config: Config, phase: Phase, lessons: Lessons, loaders: int) -> None:
+    device = weights.embed.device.type
     matrices = [p for p in parameters(weights) if p.dim() == 2]
     vectors = [p for p in parameters(weights) if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device == "cuda")
-    lessons = Lessons(options.seed, options.batch)
-    loader = torch.utils.data.DataLoader(lessons, None, num_workers=options.loaders)
     began, losses = time.time(), []
-    for n, batch in enumerate(loader):
-        passed = (time.time() - began) / (60 * options.minutes)
+    for n, batch in enumerate(torch.utils.data.DataLoader(lessons, None, num_workers=loaders)):
+        passed = (time.time() - began) / (60 * phase.minutes)
         if passed >= 1:
             break
-        for group in optimiser.param_groups:  # the rate falls with the clock
-            group["lr"] = options.rate * min(1, (n + 1) / 200) * max(0.01, min(1, 1.25 * (1 - passed)))
+        for group in optimiser.param_groups:
+            group["lr"] = phase.rate * min(1, (n + 1) / 200) * max(0.01, min(1, 1.25 * (1 - passed)))
         batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = forward(batch, weights, config)
         flat = logits.float().flatten(0, 1), batch.targets.long().flatten()
         loss = F.cross_entropy(*flat, ignore_index=-100, reduction="none").view_as(batch.targets)
-        weight = (batch.targets >= 0) * (1 + (CHOICE - 1) * batch.choice)
+        weight = (batch.targets >= 0) * (1 + (phase.choice - 1) * batch.choice)
         loss = (loss * weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters(weights), 1.0)
@@ -328,7 +331,26 @@ def main() -> None:
             told = f"batch {n:6d}  loss {torch.stack(losses[-100:]).mean():.5f}"
             told += f"  wrong in a transcript: {tokens:.3f} tokens, {choices:.3f} of them choices"
             print(f"{time.time() - began:6.0f} s  {told}", flush=True)
-    save(weights, config, options.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains duet.")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--batch", type=int, default=64, help="transcripts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loaders", type=int, default=7, help="processes that write transcripts")
+    parser.add_argument("--first", type=int, default=0, help="1: only the second phase, from the weights in --out")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    config = parse_config(SETTINGS | {"vocab_size": make_tokenizer().get_vocab_size()})
+    weights = initialise(config, options.seed)
+    for n, phase in list(enumerate(PHASES))[options.first :]:
+        if n > 0:
+            weights = load(options.out, "float32", "cpu").weights
+        lessons = Lessons(f"{options.seed} {n}", options.batch, phase.most_digits)
+        train(trainable(weights, device), config, phase, lessons, options.loaders)
+        save(weights, config, options.out)
 
 
 if __name__ == "__main__":
