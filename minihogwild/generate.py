@@ -336,8 +336,6 @@ def read_prompt(given: str | None, default: str) -> str:
         if given is None and not read.strip() and default:
             print(read := default, end="\n\n", flush=True)
         given = read
-    # An argument may hold stray bytes too
-    require(not re.search("[\ud800-\udfff]", given), "the prompt is not valid UTF-8")
     require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
     return given
 
