@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -269,26 +269,24 @@ class Printer:
     """Prints a run's text as it grows: one worker's as it comes, several workers' line by line, each with its name."""
 
     def __init__(self, workers: list[str]):
-        self.workers, self.alone = workers, len(workers) == 1
-        self.growing: dict[str, str] = defaultdict(str)  # by writer: its unfinished line
+        self.workers = workers
+        self.growing = dict.fromkeys(workers, "")  # by writer: its unfinished line
 
-    def show(self, name: str, text: str, ends: bool = False) -> None:
+    def show(self, name: str, text: str) -> None:
         text = CONTROL_CODES.sub("", text)
-        if self.alone:
+        if len(self.workers) == 1:
             print(text, end="", flush=True)
             return
         if name not in self.workers:  # a finisher speaks after all of them
-            for worker in self.workers:
-                self.show(worker, "", ends=True)
-        *lines, self.growing[name] = (self.growing[name] + text + "\n" * ends).split("\n")
+            self.end(self.workers)
+        *lines, self.growing[name] = (self.growing.get(name, "") + text).split("\n")
         for line in filter(str.strip, lines):
             print(f"{name}: {line.strip()}", flush=True)
 
-    def finish(self) -> None:
-        if self.alone:
-            print(flush=True)
-        for name in list(self.growing):
-            self.show(name, "", ends=True)
+    def end(self, names: list[str]) -> None:
+        """End the lines that these are writing."""
+        for name in names:
+            self.show(name, "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -351,13 +349,14 @@ def command(options: argparse.Namespace) -> int:
             if event["do"] == "step" and pace:
                 time.sleep(max(0, due - time.monotonic()))
                 due = max(due, time.monotonic()) + 1 / pace
-            if "worker" in event:
-                grows = event["do"] == "text"
-                printer.show(event["worker"], event["text"] if grows else "", ends=not grows)
+            if event["do"] == "text":
+                printer.show(event["worker"], event["text"])
+            elif "worker" in event and len(run.workers) > 1:
+                printer.end([event["worker"]])
     except KeyboardInterrupt:  # what has been written until then is kept
         run.stopped_by = "interrupt"
     finally:
-        printer.finish()
+        printer.end(list(printer.growing))
     result = run.summary()
     if run.answer:
         print("\nAnswer:", CONTROL_CODES.sub("", run.answer), flush=True)
