@@ -30,9 +30,7 @@ class Tokenizer:
         data = read_json(path)
         added = [token for token in data.get("added_tokens") or [] if token["content"].strip()]
         self.control = {token["content"]: token["id"] for token in added}
-        # A few control tokens take the white space beside them along
-        patterns = [r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added]
-        self.at_control = re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
+        self.at_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
         self.hidden = {token["id"] for token in added if token["special"]}  # not shown in decoded text
         # `encode_special_tokens` reads special tokens as plain text. For that all control tokens must count as
         # special: some checkpoints mark `<think>` or even `<|User|>` as ordinary added tokens.
@@ -41,43 +39,34 @@ class Tokenizer:
         data["truncation"] = data["padding"] = None
         with refusing(f"{path} cannot be read"):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-        self.tokenizer.encode_special_tokens = True
-        self.mark = secrets.token_hex(16)  # stands in no text; see `chat`
+        self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
         self.tokenizer.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
         self.hidden.add(self.tokenizer.token_to_id(self.mark))  # models whose vocabulary is padded may sample it
         self.special, self.template = chat_settings(folder)
 
-    def encode(self, text: str, whole: bool = False) -> list[int]:
+    def encode(self, text: str, whole: bool = False, control: bool = False) -> list[int]:
         """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
 
-        No text becomes a control token. Raises InputError for half a character (a lone surrogate).
+        Only where `control` says so are control tokens read as such. Raises InputError for half a character.
         """
+        self.tokenizer.encode_special_tokens = not control
         with refusing(f"not valid UTF-8: {text[:200]!r}"):
             return self.tokenizer.encode(text, add_special_tokens=whole).ids
 
     def chat(self, prompt: str) -> list[int]:
         """Token ids of a conversation that opens with `prompt` and asks for the reply.
 
-        Without a chat template: the text as it is.
-        Raises InputError where the template fails, or does more with the prompt than to trim and show it.
+        Without a chat template: the text as it is. Raises InputError where the template fails.
         """
         if self.template is None:
             return self.encode(prompt, whole=True)
-        before, mark, after = self._render(self.mark).partition(self.mark)  # what the template puts around the user
-        rendered = self._render(prompt)
-        content = rendered.removeprefix(before).removesuffix(after)
-        once = mark and mark not in after and before + content + after == rendered
-        as_it_is = content.strip() == prompt.strip()
-        require(once and as_it_is, "the chat template does not show the user's message once, as it is")
-        # Cut the template's own words at its control tokens. The user's text stays in one piece with the plain
-        # text around it, so that it is tokenised as it would be in the whole.
-        head, tail = self.at_control.split(before), self.at_control.split(after)
-        pieces = [*head[:-1], head[-1] + content + tail[0], *tail[1:]]  # plain, control, plain, ...
-        ids = self.encode(pieces[0])
-        for control, piece in zip(pieces[1::2], pieces[2::2]):
-            # Behind the mark, since some tokenizers put a space before the very first piece of a text
-            ids += [self.control[control.strip()], *self.encode(self.mark + piece)[1:]]
-        return ids
+        # A mark breaks each control token that the user typed. All else is encoded as the ecosystem does it.
+        broken = self.at_control.sub(lambda typed: typed[0][0] + self.mark + typed[0][1:], prompt)
+        ids, harmless = (self.encode(self._render(text), control=True) for text in (broken, "a"))
+        control = {*self.control.values()}
+        ours, expected = ([i for i in row if i in control] for row in (ids, harmless))
+        require(ours == expected, "the chat template makes control tokens of the prompt")
+        return [i for i in ids if i != self.tokenizer.token_to_id(self.mark)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
