@@ -237,8 +237,8 @@ class Run:
             yield step
             for finisher, token in zip(writing, ids):
                 yield from self._take(finisher, token)
-                done = finisher.answer or token in self.model.eos or finisher.tokens == FINISHER_TOKENS
-                finisher.active = not done
+                ended = token in self.model.eos or finisher.tokens == FINISHER_TOKENS
+                finisher.active = not (ended or finisher.answer)
             writing = feeding = [finisher for finisher in writing if finisher.active]
 
     def summary(self) -> dict:
@@ -295,10 +295,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="minihogwild",
-        description="Several workers, one language model, one shared attention cache (arXiv 2504.06261).",
-    )
+    parser = Parser("minihogwild", description="Several workers, one language model, one shared attention cache.")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the problem; -: standard input; none: that, else the model's own")
     add("--model", default=str(DUET), help="a model folder, or a hub repository's name (default: duet, bundled)")

@@ -101,12 +101,10 @@ def paragraph_closed(text: str) -> bool:
 
 def boxed(text: str) -> str | None:
     r"""What the first complete, non-empty `\boxed{...}` holds, braces balanced; None without one."""
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
+    for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text):
+        depth, rest = 1, text[match.end() :]
+        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is two characters: no change
             if depth == 0:
-                if content := text[match.end() :][: brace.start()].strip():
-                    return content
-                break
+                return rest[: brace.start()].strip()
     return None
