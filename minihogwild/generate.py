@@ -96,8 +96,6 @@ class Run:
         asked = words.boxed and "\\boxed" in text
         seen = {FINISHER: names} if self.shared else {f"{FINISHER} of {name}": [name] for name in names}
         self.finishers = [Writer(name, [COMMON, *seen[name], name], encode(words.cue)) for name in seen if asked]
-        for finisher in self.finishers:
-            finisher.paragraphs, finisher.stream = [words.cue], Stream(model.tokenizer, finisher.pending)
         blocks = [COMMON, *(writer.name for writer in self.headers + self.workers + self.finishers)]
         self.cache = Cache(model.config, blocks, model.dtype, model.device)
 
@@ -132,8 +130,7 @@ class Run:
         steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
         steps.append([header for header in self.headers if header.pending])
         for writers in filter(None, steps):
-            _, step = self._feed(writers)
-            yield step
+            yield self._feed(writers)[1]
 
     def _step(self) -> Iterator[dict]:
         """One forward pass of all active workers, and what follows from it for each."""
@@ -165,11 +162,11 @@ class Run:
         """Feed what each writer has pending: (logits, the event; what is sampled from them is yet to be put in)."""
         views, tokens = [writer.view for writer in writers], [writer.pending for writer in writers]
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
-        config = self.model.config
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
-        scores = config.num_attention_heads * plan.mask.nbytes  # with softmax and rotated queries (D 128): 4 times that
-        with allocating(4 * scores, f"a step of {len(flat)} tokens", self.model.device):
-            logits = forward(flat, self.model.weights, config, self.cache, plan)
+        # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
+        nbytes = 4 * self.model.config.num_attention_heads * plan.mask.nbytes
+        with allocating(nbytes, f"a step of {len(flat)} tokens", self.model.device):
+            logits = forward(flat, self.model.weights, self.model.config, self.cache, plan)
         return logits, {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
 
     def _begin(self, worker: Writer) -> dict:
@@ -228,6 +225,7 @@ class Run:
         answered = {worker.name for worker in self.workers if worker.answer}
         writing = [finisher for finisher in self.finishers if not answered.intersection(finisher.view)]
         for finisher in writing:
+            finisher.paragraphs, finisher.stream = [self.words.cue], Stream(self.model.tokenizer, finisher.pending)
             yield {"do": "text", "worker": finisher.name, "text": self.words.cue}
         feeding = [worker for worker in self.workers if worker.active and not worker.begins] + writing
         while writing:

@@ -170,19 +170,18 @@ def empty_weights(
     fields = {  # of Layer: the checkpoint's tensors that lie there one below the other
         "attn_norm": {"input_layernorm.weight": [E]},
         "qkv": {f"self_attn.{x}_proj.weight": [n * D, E] for x, n in heads.items()},
-        "qkv_bias": {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items() if biases},
-        "q_norm": {"self_attn.q_norm.weight": [D]} if qk_norms else {},
-        "k_norm": {"self_attn.k_norm.weight": [D]} if qk_norms else {},
         "out": {"self_attn.o_proj.weight": [E, heads["q"] * D]},
         "mlp_norm": {"post_attention_layernorm.weight": [E]},
         "gate_up": {"mlp.gate_proj.weight": [F, E], "mlp.up_proj.weight": [F, E]},
         "down": {"mlp.down_proj.weight": [E, F]},
     }
+    if biases:
+        fields["qkv_bias"] = {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items()}
+    if qk_norms:
+        fields |= {f"{x}_norm": {f"self_attn.{x}_norm.weight": [D]} for x in "qk"}
     parts = {}
 
-    def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor | None:
-        if not shapes:
-            return None
+    def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor:
         rows, (_, *columns) = [shape[0] for shape in shapes.values()], next(iter(shapes.values()))
         whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         parts.update(zip([prefix + name for name in shapes], whole.split(rows)))
