@@ -15,7 +15,6 @@ Tokens live in a pool of pages; a page belongs to one block. Attention goes over
 rows, whoever they belong to: page by page with the query for that page's block, then one softmax.
 """
 
-import heapq
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -59,7 +58,7 @@ class Cache:
         self.frequencies = inverse_frequencies(config.rope, config.head_dim)
         self.lengths = {block: 0 for block in blocks}
         self.pages: dict[str, list[int]] = {block: [] for block in blocks}
-        self.free: list[int] = []  # pages; a heap, so that the pool stays dense at its start
+        self.free: list[int] = []  # pages, lowest first, so that the pool stays dense at its start
         K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
         # Keys lie by page, since each page meets a query of its own; values by head, since after the softmax
         # the pool is one long row of weights.
@@ -145,16 +144,13 @@ class Cache:
         self._known([source, target])
         require(source != target, f"block {source!r} cannot be moved onto itself")
         count, at = self.lengths[source], self.lengths[target]
-        if not count:
-            return
         old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
         turn = rotation(torch.tensor(at), self.frequencies, self.compute_dtype).to(self.device)
         for keys, values in zip(self.keys, self.values):
             moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
             keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)
             values[:, new] = values[:, old]
-        for page in self.pages[source]:
-            heapq.heappush(self.free, page)
+        self.free = sorted(self.free + self.pages[source])
         self.pages[source], self.lengths[source] = [], 0
 
     def _check(self, views: list[list[str]], counts: list[int]) -> None:
@@ -173,7 +169,7 @@ class Cache:
 
     def _slots(self, block: str, start: int, stop: int) -> Tensor:
         n = torch.arange(start, stop)
-        return torch.tensor(self.pages[block])[n // PAGE] * PAGE + n % PAGE
+        return torch.tensor(self.pages[block], dtype=torch.int64)[n // PAGE] * PAGE + n % PAGE
 
     def _claim(self, block: str, count: int) -> Tensor:
         """Lengthen a block by `count` tokens; returns their slots, [count]."""
@@ -181,7 +177,8 @@ class Cache:
         missing = -(-stop // PAGE) - len(self.pages[block])
         if missing > len(self.free):
             self._grow(missing - len(self.free))
-        self.pages[block] += [heapq.heappop(self.free) for _ in range(missing)]
+        self.pages[block] += self.free[:missing]
+        del self.free[:missing]
         self.lengths[block] = stop
         return self._slots(block, stop - count, stop)
 
@@ -195,4 +192,4 @@ class Cache:
                 # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.
                 self.keys[layer] = torch.cat((keys, keys.new_zeros(new, K, PAGE, D)))
                 self.values[layer] = torch.cat((values, values.new_zeros(K, new * PAGE, D)), 1)
-        self.free += range(old, old + new)  # higher than all in it: still a heap
+        self.free += range(old, old + new)  # higher than all of them

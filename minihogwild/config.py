@@ -5,6 +5,7 @@ B blocks, N tokens of a block, L layers, H query heads, K key/value heads, G = H
 E hidden size, F inner size of the MLP, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,16 @@ def require(holds: object, otherwise: str) -> None:
     """Raise InputError, with the message `otherwise`, unless `holds`."""
     if not holds:
         raise InputError(otherwise)
+
+
+@contextmanager
+def refusing(what: object):
+    """Raise InputError, `what` and the reason, for any error inside: libraries' own share no base class."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{what}: {' '.join(why.split())}") from error
 
 
 @dataclass(frozen=True)

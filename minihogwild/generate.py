@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mode
 
 import torch
 
@@ -31,26 +32,24 @@ FINISHER_TOKENS = 64
 
 
 @dataclass
-class Worker:
-    """One writer, a worker or a finisher: what it has written, and what it feeds in the next step."""
+class Writer:
+    """Who writes to a block (a worker, a finisher, the prompt): what it has written, and what it feeds next."""
 
     name: str
     view: list[str]  # blocks; the last is its own
+    pending: list[int] = field(default_factory=list)  # fed in the next step: what it begins with, or one sampled token
+    begins: bool = True  # `pending` was not sampled
     random: torch.Generator | None = None
     stream: Stream | None = None
-    pending: list[int] = field(default_factory=list)  # fed in the next step: what it begins with, or one sampled token
     token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes and sampled
     tokens: int = 0  # how many of them were sampled
-    paragraphs: list[str] = field(
-        default_factory=list
-    )  # sampled text of each (a finisher's: with its cue); the last grows
+    paragraphs: list[str] = field(default_factory=list)  # sampled text of each (after a finisher's cue); the last grows
     active: bool = True
-    begins: bool = True  # `pending` was not sampled
     answer: str | None = None
 
 
 class Run:
-    """One problem, `workers` writers, one cache. Iterate over a Run to run it; it yields events as they happen:
+    """One problem, `workers` writers, one cache. Iterate over a Run, once, to run it; it yields events as they happen:
 
         {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
         {"do": "move", "from", "to"}                   a finished paragraph went to the common block
@@ -80,27 +79,24 @@ class Run:
         require(self.layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
         require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
         require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
-        require(problem.strip(), "the prompt is empty")
         self.model, self.max_steps, self.seed = model, max_steps, seed
         self.sampling = sampling or model.sampling
         self.rules = LAYOUTS[self.layout]
         self.shared = self.rules.prefix  # else the workers know nothing of each other
 
-        names = list(words.names[:workers])
+        names, encode = words.names[:workers], model.tokenizer.encode
         text = words.together if self.shared else words.alone
         text = fill(text, problem=problem, n=workers, names=", ".join(names), first=names[0])
         self.prompt = model.tokenizer.chat(text)
-        require(self.prompt, "the prompt is empty: it has no tokens")
-        self.headers = {block: model.tokenizer.encode(words.headers[block]) for block in self.rules.headers}
-        self.workers = [Worker(name, self.rules.view(name, [n for n in names if n != name])) for name in names]
+        require(problem.strip() and self.prompt, "the prompt is empty")
+        self.headers = [Writer(block, [COMMON, block], encode(words.headers[block])) for block in self.rules.headers]
+        self.workers = [Writer(name, self.rules.view(name, [n for n in names if n != name])) for name in names]
         for w, worker in enumerate(self.workers):
             worker.random = torch.Generator().manual_seed(seed * 16 + w)  # no two seeds share a worker's stream
-        self.cue = model.tokenizer.encode(words.cue)
-        asks = words.boxed and "\\boxed" in text  # for an answer
+        asked = words.boxed and "\\boxed" in text
         seen = {FINISHER: names} if self.shared else {f"{FINISHER} of {name}": [name] for name in names}
-        self.finishers = [Worker(name, [COMMON, *seen[name], name]) for name in seen if asks]
-        self.finisher_room = len(self.cue) + FINISHER_TOKENS if asks else 0
-        blocks = [COMMON, *self.headers, *names, *(finisher.name for finisher in self.finishers)]
+        self.finishers = [Writer(name, [COMMON, *seen[name], name], encode(words.cue)) for name in seen if asked]
+        blocks = [COMMON, *(writer.name for writer in self.headers + self.workers + self.finishers)]
         self.cache = Cache(model.config, blocks, model.dtype, model.device)
 
         self.forward_steps = self.finisher_steps = self.since_check = 0
@@ -110,13 +106,12 @@ class Run:
     @property
     def answer(self) -> str | None:
         """The first found, of the lowest worker; where they are independent, the majority's (of a tie, the first)."""
-        found = [writer.answer for writer in (*self.workers, *self.finishers) if writer.answer is not None]
-        return Counter(found[:1] if self.shared else found).most_common(1)[0][0] if found else None
+        found = [writer.answer for writer in self.workers + self.finishers if writer.answer]
+        return mode(found[:1] if self.shared else found) if found else None
 
     def __iter__(self) -> Iterator[dict]:
-        if any(self.cache.lengths.values()):
-            raise RuntimeError("a Run runs once: make another")
         yield from self._prefill()
+        yield from [self._begin(worker) for worker in self.workers]
         while not (reason := self._reason_to_stop()):
             yield from self._step()
         self.stopped_by = reason
@@ -124,28 +119,24 @@ class Run:
 
     def _prefill(self) -> Iterator[dict]:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
+        config = self.model.config
+        lengths = {COMMON: len(self.prompt), **{header.name: len(header.pending) for header in self.headers}}
+        too_long = f"the prompt is {len(self.prompt)} tokens long, too long for a context of {config.context}"
+        require(not self._outgrows(lengths), too_long)
         # Alone, a worker goes on from the prompt's last token: each feeds it to a block of its own.
         prompt = self.prompt if self.shared else self.prompt[:-1]
-        config, headers = self.model.config, {block: ids for block, ids in self.headers.items() if ids}
-        size = len(self.prompt) + sum(map(len, headers.values())) + self.finisher_room + len(self.workers)
-        too_long = f"the prompt is {len(self.prompt)} tokens long, too long for a context of {config.context}"
-        require(size <= config.context, too_long)
         # So that the longest step, the last, has no more scores than it may
         chunk = max(1, min(PREFILL_CHUNK, PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))))
-        steps = [([[COMMON]], [prompt[start : start + chunk]]) for start in range(0, len(prompt), chunk)]
-        if headers:
-            steps.append(([[COMMON, block] for block in headers], list(headers.values())))
-        for views, tokens in steps:
-            self._feed(views, tokens)
-            yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
-        yield from [self._begin(worker) for worker in self.workers]
+        steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
+        steps.append([header for header in self.headers if header.pending])
+        for writers in filter(None, steps):
+            yield self._feed(writers)[1]
 
     def _step(self) -> Iterator[dict]:
         """One forward pass of all active workers, and what follows from it for each."""
         began = time.perf_counter()
         active = [worker for worker in self.workers if worker.active]
-        views, tokens = [worker.view for worker in active], [worker.pending for worker in active]
-        logits = self._feed(views, tokens)
+        logits, step = self._feed(active)
         self.forward_steps += 1
         events, rows = [], []
         for row, worker in enumerate(active):
@@ -158,25 +149,27 @@ class Run:
             else:
                 self.since_check += 1
                 rows.append(row)
-        sampled: list[int | None] = [None] * len(active)
         if rows:
             ids = sample(logits[rows], self.sampling, [active[row].random for row in rows])
             for row, token in zip(rows, ids):
-                sampled[row] = token
+                step["sampled"][row] = token
                 events += self._take(active[row], token)
         self.seconds += time.perf_counter() - began
-        yield {"do": "step", "views": views, "tokens": tokens, "sampled": sampled}
+        yield step
         yield from events
 
-    def _feed(self, views: list[list[str]], tokens: list[list[int]]) -> torch.Tensor:
+    def _feed(self, writers: list[Writer]) -> tuple[torch.Tensor, dict]:
+        """Feed what each writer has pending: (logits, the event; what is sampled from them is yet to be put in)."""
+        views, tokens = [writer.view for writer in writers], [writer.pending for writer in writers]
         flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
-        config = self.model.config
-        scores = config.num_attention_heads * plan.mask.nbytes  # with softmax and rotated queries (D 128): 4 times that
-        with allocating(4 * scores, f"a step of {len(flat)} tokens", self.model.device):
-            return forward(flat, self.model.weights, config, self.cache, plan)
+        # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
+        nbytes = 4 * self.model.config.num_attention_heads * plan.mask.nbytes
+        with allocating(nbytes, f"a step of {len(flat)} tokens", self.model.device):
+            logits = forward(flat, self.model.weights, self.model.config, self.cache, plan)
+        return logits, {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
 
-    def _begin(self, worker: Worker) -> dict:
+    def _begin(self, worker: Writer) -> dict:
         """Queue the prefix of the worker's next paragraph."""
         worker.paragraphs.append("")
         text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs)) if self.shared else ""
@@ -186,17 +179,15 @@ class Run:
             text += self.words.check
             prefix += self.model.tokenizer.encode(self.words.check)
         worker.token_ids += prefix
-        worker.pending = prefix if self.shared else self.prompt[-1:]
-        worker.begins = True
+        worker.pending, worker.begins = prefix or self.prompt[-1:], True
         worker.stream = Stream(self.model.tokenizer, prefix or self.prompt[-8:])
         return {"do": "begin", "worker": worker.name, "text": text}
 
-    def _take(self, writer: Worker, token: int) -> list[dict]:
+    def _take(self, writer: Writer, token: int) -> list[dict]:
         """Give a writer the token sampled for it, to be fed in the next step."""
-        writer.pending = [token]
+        writer.pending, writer.begins = [token], False
         writer.token_ids.append(token)
         writer.tokens += 1
-        writer.begins = False
         text = writer.stream.next(token)
         writer.paragraphs[-1] += text
         if self.words.boxed and "}" in text and (answer := boxed("".join(writer.paragraphs))):
@@ -204,7 +195,7 @@ class Run:
             writer.active = self.shared  # alone, it would have stopped here
         return [{"do": "text", "worker": writer.name, "text": text}] if text else []
 
-    def _move(self, worker: Worker) -> dict:
+    def _move(self, worker: Writer) -> dict:
         self.cache.move(worker.name, COMMON)
         return {"do": "move", "from": worker.name, "to": COMMON}
 
@@ -214,15 +205,16 @@ class Run:
             return "answer" if answered else "retired"
         if self.forward_steps >= self.max_steps:
             return "steps"
-        return "context" if self._outgrows() else None
+        return "context" if self._outgrows(self.cache.lengths) else None
 
-    def _outgrows(self) -> bool:
-        """Would a view outgrow the context in the next step, or leave the finisher no room after it?"""
-        pending = {worker.name: len(worker.pending) for worker in self.workers if worker.active}
-        lengths = Counter(self.cache.lengths) + Counter(pending)
-        after = lengths + Counter(pending.keys())  # one token more each: sampled in that step, and not yet fed
-        most = [sum(lengths[block] for block in worker.view) for worker in self.workers if worker.active]
-        most += [sum(after[block] for block in finisher.view) + self.finisher_room for finisher in self.finishers]
+    def _outgrows(self, lengths: dict[str, int]) -> bool:
+        """From blocks this long, would a view outgrow the context in a step, or leave the finisher no room after it?"""
+        active = [worker for worker in self.workers if worker.active]
+        lengths = Counter(lengths) + Counter({worker.name: len(worker.pending) for worker in active})
+        after = lengths + Counter(worker.name for worker in active)  # what is sampled in that step, and not yet fed
+        most = [sum(lengths[block] for block in worker.view) for worker in active]
+        for finisher in self.finishers:
+            most.append(sum(after[block] for block in finisher.view) + len(finisher.pending) + FINISHER_TOKENS)
         return max(most) > self.model.config.context
 
     def _finish(self) -> Iterator[dict]:
@@ -230,25 +222,22 @@ class Run:
 
         What was sampled last and has not been fed goes in together with the cue.
         """
-        answered = {worker.name for worker in self.workers if worker.answer is not None}
+        answered = {worker.name for worker in self.workers if worker.answer}
         writing = [finisher for finisher in self.finishers if not answered.intersection(finisher.view)]
         for finisher in writing:
-            finisher.pending, finisher.paragraphs = self.cue, [self.words.cue]
-            finisher.stream = Stream(self.model.tokenizer, self.cue)
+            finisher.paragraphs, finisher.stream = [self.words.cue], Stream(self.model.tokenizer, finisher.pending)
             yield {"do": "text", "worker": finisher.name, "text": self.words.cue}
         feeding = [worker for worker in self.workers if worker.active and not worker.begins] + writing
         while writing:
-            views, tokens = [writer.view for writer in feeding], [writer.pending for writer in feeding]
-            ids = self._feed(views, tokens)[-len(writing) :].argmax(-1).tolist()
+            logits, step = self._feed(feeding)
             self.finisher_steps += 1
-            yield {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * (len(views) - len(ids)) + ids}
+            step["sampled"][-len(writing) :] = ids = logits[-len(writing) :].argmax(-1).tolist()
+            yield step
             for finisher, token in zip(writing, ids):
                 yield from self._take(finisher, token)
-            writing = feeding = [
-                finisher
-                for finisher, token in zip(writing, ids)
-                if not (finisher.answer or token in self.model.eos or finisher.tokens >= FINISHER_TOKENS)
-            ]
+                ended = token in self.model.eos or finisher.tokens == FINISHER_TOKENS
+                finisher.active = not (ended or finisher.answer)
+            writing = feeding = [finisher for finisher in writing if finisher.active]
 
     def summary(self) -> dict:
         """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` what was sampled."""
@@ -278,26 +267,24 @@ class Printer:
     """Prints a run's text as it grows: one worker's as it comes, several workers' line by line, each with its name."""
 
     def __init__(self, workers: list[str]):
-        self.workers, self.alone = workers, len(workers) == 1
-        self.growing: dict[str, str] = defaultdict(str)  # by writer: its unfinished line
+        self.workers = workers
+        self.growing = dict.fromkeys(workers, "")  # by writer: its unfinished line
 
-    def show(self, name: str, text: str, ends: bool = False) -> None:
+    def show(self, name: str, text: str) -> None:
         text = CONTROL_CODES.sub("", text)
-        if self.alone:
+        if len(self.workers) == 1:
             print(text, end="", flush=True)
             return
         if name not in self.workers:  # a finisher speaks after all of them
-            for worker in self.workers:
-                self.show(worker, "", ends=True)
-        *lines, self.growing[name] = (self.growing[name] + text + "\n" * ends).split("\n")
+            self.end(self.workers)
+        *lines, self.growing[name] = (self.growing.get(name, "") + text).split("\n")
         for line in filter(str.strip, lines):
             print(f"{name}: {line.strip()}", flush=True)
 
-    def finish(self) -> None:
-        if self.alone:
-            print(flush=True)
-        for name in list(self.growing):
-            self.show(name, "", ends=True)
+    def end(self, names: list[str]) -> None:
+        """End the lines that these are writing."""
+        for name in names:
+            self.show(name, "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -306,10 +293,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="minihogwild",
-        description="Several workers, one language model, one shared attention cache (arXiv 2504.06261).",
-    )
+    parser = Parser("minihogwild", description="Several workers, one language model, one shared attention cache.")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the problem; -: standard input; none: that, else the model's own")
     add("--model", default=str(DUET), help="a model folder, or a hub repository's name (default: duet, bundled)")
@@ -336,8 +320,6 @@ def read_prompt(given: str | None, default: str) -> str:
         if given is None and not read.strip() and default:
             print(read := default, end="\n\n", flush=True)
         given = read
-    # An argument may hold stray bytes too
-    require(not re.search("[\ud800-\udfff]", given), "the prompt is not valid UTF-8")
     require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
     return given
 
@@ -362,13 +344,14 @@ def command(options: argparse.Namespace) -> int:
             if event["do"] == "step" and pace:
                 time.sleep(max(0, due - time.monotonic()))
                 due = max(due, time.monotonic()) + 1 / pace
-            if "worker" in event:
-                grows = event["do"] == "text"
-                printer.show(event["worker"], event["text"] if grows else "", ends=not grows)
+            if event["do"] == "text":
+                printer.show(event["worker"], event["text"])
+            elif "worker" in event and len(run.workers) > 1:
+                printer.end([event["worker"]])
     except KeyboardInterrupt:  # what has been written until then is kept
         run.stopped_by = "interrupt"
     finally:
-        printer.finish()
+        printer.end(list(printer.growing))
     result = run.summary()
     if run.answer:
         print("\nAnswer:", CONTROL_CODES.sub("", run.answer), flush=True)

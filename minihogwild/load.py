@@ -1,16 +1,15 @@
 """A folder or hub repository in; Config, Weights, tokenizer and default sampling out."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from .config import Config, InputError, Layer, Rope, Weights, require
+from .config import Config, Layer, Rope, Weights, refusing, require
 from .memory import allocating
 from .sampling import Sampling
 from .text import Tokenizer, read_json
@@ -48,7 +47,7 @@ class Model:
 def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Model:
     """Load a model from a local folder, or else from the hub repository of that name.
 
-    `dtype` auto is the checkpoint's; `device` auto is cuda, else mps, else cpu. Raises InputError, with the
+    `dtype` auto is config.json's; `device` auto is cuda, else mps, else cpu. Raises InputError, with the
     culprit's name, for whatever is missing, unknown, or would change the mathematics without our support.
     """
     device = pick_device(device)
@@ -56,11 +55,11 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torc
     settings = read_json(folder / "config.json")
     config = parse_config(settings)
     if dtype == "auto":
-        dtype = settings.get("dtype") or settings.get("torch_dtype") or stored_dtype(folder)
+        dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     dtype = DTYPES.get(dtype, dtype)
     require(dtype in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     tokenizer = Tokenizer(folder)
-    sampling, eos = generation_defaults(folder, settings, tokenizer)
+    sampling, eos = generation_defaults(folder, settings)
     weights = load_weights(folder, config, dtype, device, str(name))
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
 
@@ -74,56 +73,40 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 def fetch(name: str) -> Path:
     """The local folder of that name, or the downloaded hub repository."""
-    folder = Path(os.path.expanduser(name))  # which leaves a user that it does not know as it is
-    if folder.is_dir():
-        return folder
-    a_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    require(not a_path, f"{name}: no such model folder")
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # network, gated, unknown, offline: the hub's errors share no base class
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{name}: neither a folder nor to be had from the hub: {why}") from error
+    with refusing(f"{name}: neither a folder nor to be had from the hub"):
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=FILES))
 
 
 # ---- config.json
 
 
-def refuse(wrong: object, what: str) -> None:
-    require(not wrong, f"config.json: {what}")
-
-
+@refusing("config.json")
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
     kind = settings.get("model_type")
-    known = ("llama", "qwen2", "qwen3")
-    refuse(kind not in known, f"model_type {kind!r} is not supported (llama, qwen2 and qwen3 are)")
+    require(kind in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} is not supported (llama, qwen2 and qwen3 are)")
     quantization = settings.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "unknown")).upper()
-    refuse(quantization, f"{method}-quantised weights are not supported: use the unquantised model")
+    require(not quantization, f"{method}-quantised weights are not supported: use the unquantised model")
     only = {"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False, "partial_rotary_factor": 1.0}
     for key, value in only.items():
-        refuse(settings.get(key, value) != value, f"{key} {settings.get(key)!r} is not supported, only {value!r}")
-    refuse(slides(settings), "sliding-window attention is in use, and is not supported")
+        require(settings.get(key, value) == value, f"{key} {settings.get(key)!r} is not supported, only {value!r}")
+    slides = settings.get("use_sliding_window") and settings.get("sliding_window")
+    slides = slides or "sliding_attention" in (settings.get("layer_types") or [])
+    require(not slides, "sliding-window attention is not supported")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in needed if settings.get(key) is None]
-    refuse(missing, f"no {', '.join(missing)}")
+    require(not missing, f"no {', '.join(missing)}")
     E, H = settings["hidden_size"], settings["num_attention_heads"]
     # Where config.json is silent, the defaults of transformers' classes hold
     silent = {"num_key_value_heads": H, "head_dim": 128 if kind == "qwen3" else E // H, "rms_norm_eps": 1e-6}
     silent |= {"max_position_embeddings": 2048 if kind == "llama" else 32768, "tie_word_embeddings": False}
     settings = silent | {key: value for key, value in settings.items() if value is not None}
     K, D = settings["num_key_value_heads"], settings["head_dim"]
-    refuse(not K or H % K, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
-    refuse(D % 2, f"head_dim {D} is odd, and rope needs pairs")
+    require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
+    require(D % 2 == 0, f"head_dim {D} is odd, and rope needs pairs")
     return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings))
-
-
-def slides(settings: dict) -> bool:
-    if settings.get("layer_types") is not None:
-        return "sliding_attention" in settings["layer_types"]
-    used = settings.get("use_sliding_window") and settings.get("sliding_window")
-    return used and settings.get("max_window_layers", 28) < settings.get("num_hidden_layers", 0)
 
 
 LENGTH = "original_max_position_embeddings"
@@ -142,38 +125,34 @@ def parse_rope(settings: dict) -> Rope:
     given = {key: value for key, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     theta = given.pop("rope_theta", settings.get("rope_theta") or 10000.0)
-    refuse(kind not in ROPE_KEYS, f"rope type {kind!r} is not supported ({', '.join(ROPE_KEYS)} are)")
-    refuse(given.pop("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor is not supported, only 1.0")
-    if LENGTH in settings and kind in ("llama3", "yarn"):
-        given[LENGTH] = settings[LENGTH]  # beside the rope's own keys: transformers prefers it
+    require(kind in ROPE_KEYS, f"rope type {kind!r} is not supported ({', '.join(ROPE_KEYS)} are)")
+    require(given.pop("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor is not supported, only 1.0")
     missing = [key for key in ROPE_KEYS[kind] if key not in given]
-    refuse(missing, f"rope type {kind!r} needs {', '.join(missing)}")
+    require(not missing, f"rope type {kind!r} needs {', '.join(missing)}")
     unknown = sorted(given.keys() - {*ROPE_KEYS[kind], *(YARN_KEYS if kind == "yarn" else [])})
-    refuse(unknown, f"rope type {kind!r} has unknown keys: {', '.join(unknown)}")
+    require(not unknown, f"rope type {kind!r} has unknown keys: {', '.join(unknown)}")
     if kind == "yarn":
-        given.setdefault(LENGTH, settings["max_position_embeddings"])
+        given.setdefault(LENGTH, settings.get(LENGTH, settings["max_position_embeddings"]))
     return Rope(kind, theta, **given)
 
 
 # ---- generation_config.json
 
 
-def generation_defaults(folder: Path, settings: dict, tokenizer: Tokenizer) -> tuple[Sampling, frozenset[int]]:
+@refusing("generation_config.json")
+def generation_defaults(folder: Path, settings: dict) -> tuple[Sampling, frozenset[int]]:
     """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack."""
     path = folder / "generation_config.json"
-    given = read_json(path) if path.exists() else {}
-    numbers = {"temperature", "top_k", "top_p", "min_p"}
+    given = {key: value for key, value in (read_json(path) if path.exists() else {}).items() if value is not None}
+    chosen = {key: given[key] for key in vars(Sampling()) if key in given}
     harmless = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
-    # For every other key of generation_config.json, these values ask for nothing
-    neutral = (None, False, True, 0, 1, [], {})
-    asking = {key for key, value in given.items() if value not in neutral and not key.startswith("_")}
-    if lacking := sorted(asking - numbers - harmless - {"do_sample"}):
+    # For every other key, these values ask for nothing
+    asking = {key for key, value in given.items() if value not in (False, True, 0, 1, [], {}) and key[0] != "_"}
+    if lacking := sorted(asking - harmless - chosen.keys()):
         logger.warning("generation_config.json: not supported, and ignored: %s", ", ".join(lacking))
-    chosen = {key: given[key] for key in numbers if given.get(key) is not None}
     sampling = Sampling(**{"temperature": 1.0, **chosen}) if given.get("do_sample") else Sampling()
-    named = tokenizer.control.get(tokenizer.special.get("eos_token"))
-    eos = next((i for i in (given.get("eos_token_id"), settings.get("eos_token_id"), named) if i is not None), [])
-    return sampling, frozenset(eos if isinstance(eos, list) else [eos])
+    eos = given.get("eos_token_id", settings.get("eos_token_id"))
+    return sampling, frozenset(eos if isinstance(eos, list) else {eos} - {None})
 
 
 # ---- safetensors
@@ -191,19 +170,18 @@ def empty_weights(
     fields = {  # of Layer: the checkpoint's tensors that lie there one below the other
         "attn_norm": {"input_layernorm.weight": [E]},
         "qkv": {f"self_attn.{x}_proj.weight": [n * D, E] for x, n in heads.items()},
-        "qkv_bias": {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items() if biases},
-        "q_norm": {"self_attn.q_norm.weight": [D]} if qk_norms else {},
-        "k_norm": {"self_attn.k_norm.weight": [D]} if qk_norms else {},
         "out": {"self_attn.o_proj.weight": [E, heads["q"] * D]},
         "mlp_norm": {"post_attention_layernorm.weight": [E]},
         "gate_up": {"mlp.gate_proj.weight": [F, E], "mlp.up_proj.weight": [F, E]},
         "down": {"mlp.down_proj.weight": [E, F]},
     }
+    if biases:
+        fields["qkv_bias"] = {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items()}
+    if qk_norms:
+        fields |= {f"{x}_norm": {f"self_attn.{x}_norm.weight": [D]} for x in "qk"}
     parts = {}
 
-    def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor | None:
-        if not shapes:
-            return None
+    def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor:
         rows, (_, *columns) = [shape[0] for shape in shapes.values()], next(iter(shapes.values()))
         whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         parts.update(zip([prefix + name for name in shapes], whole.split(rows)))
@@ -222,10 +200,9 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     """Fill Weights from a folder's safetensors: each tensor is read once, straight to its place."""
     found: dict[str, tuple[Path, list[int]]] = {}  # name of a tensor -> its file and shape
     for path in safetensors_files(folder):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                first, _ = found.setdefault(name, (path, file.get_slice(name).get_shape()))
-                require(first is path, f"{path.name}: tensor {name} stands in {first.name} too")
+        for name, shape in shapes_in(path).items():
+            first, _ = found.setdefault(name, (path, shape))
+            require(first is path, f"{path.name}: tensor {name} stands in {first.name} too")
     # Not parameters: Llama 2's saved rotary frequencies, and the head that a tied model shares with its embedding.
     found = {name: where for name, where in found.items() if not name.endswith(".rotary_emb.inv_freq")}
     shared_head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -249,13 +226,13 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     return weights
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    with opened(safetensors_files(folder)[0]) as file:
-        return file.get_tensor(min(file.keys())).dtype
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    with refusing(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read(path: Path, name: str) -> Tensor:
-    with opened(path) as file:
+    with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
@@ -265,19 +242,6 @@ def some(names: set[str]) -> str:
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The one file, or those that the index names."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        require(single.exists(), f"{folder}: neither {single.name} nor {index.name} in this folder")
-        return [single]
-    paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    require(paths, f"{index}: weight_map names no file")
-    missing = {path.name for path in paths if not path.exists()}
-    require(not missing, f"{index.name} names {some(missing)}, not to be found in {folder}")
-    return paths
-
-
-def opened(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+    index = folder / "model.safetensors.index.json"
+    names = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]

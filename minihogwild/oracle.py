@@ -66,13 +66,10 @@ class Oracle:
         mine = positions[len(keys) - len(q) :]
         q, keys = self.turn(q, mine), self.turn(keys, positions)
         future = positions[None, :] > mine[:, None]  # [n, S]
-        outputs = []
-        for h in range(self.config.num_attention_heads):
-            kv = h * self.config.num_key_value_heads // self.config.num_attention_heads
-            scores = magnitude(self.config) ** 2 * q[:, h] @ keys[:, kv].T / math.sqrt(self.config.head_dim)
-            scores = scores.masked_fill(future, -math.inf)
-            outputs.append(torch.softmax(scores, -1) @ values[:, kv])
-        return torch.stack(outputs, 1)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)  # [S, H, D]
+        scores = magnitude(self.config) ** 2 / math.sqrt(self.config.head_dim) * torch.einsum("nhd,shd->hns", q, keys)
+        return torch.einsum("hns,shd->nhd", scores.masked_fill(future, -math.inf).softmax(-1), values)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate [n, heads, D] to n positions, as complex numbers."""

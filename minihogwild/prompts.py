@@ -1,11 +1,11 @@
 """The words that make workers cooperate, as data; and how their text is read: paragraphs, boxed answers."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from unicodedata import category
 
-from .config import require
+from .config import refusing, require
 from .layouts import OTHERS, OWN, SEPARATOR
 from .text import read_json
 
@@ -48,26 +48,22 @@ The problem:
         return {OTHERS: self.header_others, OWN: self.header_own, SEPARATOR: self.separator}
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            wanted = {"names": tuple, "boxed": bool}.get(name, str)
-            require(isinstance(value, wanted), f"prompts: {name} must be a {wanted.__name__}, not {value!r}")
-            require(not re.search("[\ud800-\udfff]", str(value)), f"prompts: {name} is not valid Unicode")
-        texts = all(
-            isinstance(name, str) and name and not re.search("[\x00-\x1f\ud800-\udfff]", name) for name in self.names
-        )
-        differ = texts and len(set(self.names)) == len(self.names)
-        require(differ, f"prompts: names must be lines of text that differ, not {list(self.names)}")
-        require(self.prefix.strip() and self.cue.strip(), "prompts: prefix and cue must not be empty")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            require(isinstance(value, kind), f"{field.name} must be a {kind.__name__}, not {value!r}")
+        lines = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
+        differ = lines and len(set(self.names)) == len(self.names)
+        require(differ, f"names must be lines of text that differ, not {list(self.names)}")
+        require(self.prefix.strip() and self.cue.strip(), "prefix and cue must not be empty")
 
 
 def load_prompts(path: Path) -> Prompts:
     """Prompts with the fields that a JSON file gives; the others keep their defaults."""
     given = read_json(path)
-    unknown = given.keys() - vars(Prompts())
-    require(not unknown, f"{path}: unknown: {', '.join(sorted(unknown))}")
     if isinstance(given.get("names"), list):
         given["names"] = tuple(given["names"])
-    return Prompts(**given)
+    with refusing(path):
+        return Prompts(**given)
 
 
 def prompts_of(folder: Path) -> Prompts:
@@ -105,12 +101,10 @@ def paragraph_closed(text: str) -> bool:
 
 def boxed(text: str) -> str | None:
     r"""What the first complete, non-empty `\boxed{...}` holds, braces balanced; None without one."""
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
+    for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text):
+        depth, rest = 1, text[match.end() :]
+        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is two characters: no change
             if depth == 0:
-                if content := text[match.end() :][: brace.start()].strip():
-                    return content
-                break
+                return rest[: brace.start()].strip()
     return None

@@ -14,7 +14,7 @@ from time import strftime
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import InputError, require
+from .config import refusing, require
 
 # The environment that the ecosystem renders chat templates in: transformers' apply_chat_template
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -30,52 +30,43 @@ class Tokenizer:
         data = read_json(path)
         added = [token for token in data.get("added_tokens") or [] if token["content"].strip()]
         self.control = {token["content"]: token["id"] for token in added}
-        # A few control tokens take the white space beside them along
-        patterns = [r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added]
-        self.at_control = re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
+        self.at_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
         self.hidden = {token["id"] for token in added if token["special"]}  # not shown in decoded text
         # `encode_special_tokens` reads special tokens as plain text. For that all control tokens must count as
         # special: some checkpoints mark `<think>` or even `<|User|>` as ordinary added tokens.
         for token in added:
             token["special"] = True
         data["truncation"] = data["padding"] = None
-        try:
+        with refusing(f"{path} cannot be read"):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise InputError(f"{path}: not a tokenizer that `tokenizers` can read: {error}") from error
-        self.tokenizer.encode_special_tokens = True
-        self.mark = secrets.token_hex(16)  # stands in no text; see `chat`
+        self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
         self.tokenizer.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
         self.hidden.add(self.tokenizer.token_to_id(self.mark))  # models whose vocabulary is padded may sample it
         self.special, self.template = chat_settings(folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a fragment of text; none is a control token."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, whole: bool = False, control: bool = False) -> list[int]:
+        """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
+
+        Only where `control` says so are control tokens read as such. Raises InputError for half a character.
+        """
+        self.tokenizer.encode_special_tokens = not control
+        with refusing(f"not valid UTF-8: {text[:200]!r}"):
+            return self.tokenizer.encode(text, add_special_tokens=whole).ids
 
     def chat(self, prompt: str) -> list[int]:
         """Token ids of a conversation that opens with `prompt` and asks for the reply.
 
-        Without a chat template: the text as it is, with what the tokenizer puts around any text.
-        Raises InputError where the template fails, or does more with the prompt than to trim and show it.
+        Without a chat template: the text as it is. Raises InputError where the template fails.
         """
         if self.template is None:
-            return self.tokenizer.encode(prompt).ids
-        before, mark, after = self._render(self.mark).partition(self.mark)  # what the template puts around the user
-        rendered = self._render(prompt)
-        content = rendered.removeprefix(before).removesuffix(after)
-        once = mark and mark not in after and before + content + after == rendered
-        as_it_is = content.strip() == prompt.strip()
-        require(once and as_it_is, "the chat template does not show the user's message once, as it is")
-        # Cut the template's own words at its control tokens. The user's text stays in one piece with the plain
-        # text around it, so that it is tokenised as it would be in the whole.
-        head, tail = self.at_control.split(before), self.at_control.split(after)
-        pieces = [*head[:-1], head[-1] + content + tail[0], *tail[1:]]  # plain, control, plain, ...
-        ids = self.encode(pieces[0])
-        for control, piece in zip(pieces[1::2], pieces[2::2]):
-            # Behind the mark, since some tokenizers put a space before the very first piece of a text
-            ids += [self.control[control.strip()], *self.encode(self.mark + piece)[1:]]
-        return ids
+            return self.encode(prompt, whole=True)
+        # A mark breaks each control token that the user typed. All else is encoded as the ecosystem does it.
+        broken = self.at_control.sub(lambda typed: typed[0][0] + self.mark + typed[0][1:], prompt)
+        ids, harmless = (self.encode(self._render(text), control=True) for text in (broken, "a"))
+        control = {*self.control.values()}
+        ours, expected = ([i for i in row if i in control] for row in (ids, harmless))
+        require(ours == expected, "the chat template makes control tokens of the prompt")
+        return [i for i in ids if i != self.tokenizer.token_to_id(self.mark)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
@@ -83,12 +74,10 @@ class Tokenizer:
 
     def _render(self, prompt: str) -> str:
         given = {"messages": [{"role": "user", "content": prompt}], "tools": None, "documents": None}
-        try:
+        with refusing("the chat template fails"):
             # `generation` marks what to train on: for rendering it is no more than a pair of brackets
             source = re.sub(r"(\{%[-+]?\s*)(end|)generation(\s*[-+]?%\})", r"\1\2with\3", self.template)
             return TEMPLATES.from_string(source).render(**self.special, **given, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise InputError(f"the chat template fails: {' '.join(str(error).split())}") from error
 
 
 class Stream:
@@ -114,25 +103,18 @@ def chat_settings(folder: Path) -> tuple[dict[str, str], str | None]:
     settings = read_json(path) if path.exists() else {}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings.items()}
     special = {name: text for name, text in texts.items() if name.endswith("_token") and text and isinstance(text, str)}
-    own_file = folder / "chat_template.jinja"
-    template = settings.get("chat_template")
+    template, own_file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if own_file.exists():
-        try:
+        with refusing(f"{own_file} cannot be read"):
             template = own_file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{own_file}: cannot be read: {error}") from error
     return special, template
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError names the file where it is missing or something else."""
-    try:
+    """A JSON object from a file."""
+    with refusing(f"{path} cannot be read"):
         data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     require(isinstance(data, dict), f"{path}: must hold a JSON object, not a {type(data).__name__}")
     return data

@@ -437,7 +437,7 @@ def test_bytes_that_are_no_text_on_standard_input_give_one_line(command):
         (b'{"check": 3}', "check"),
         (b'{"names": ["A", "A"]}', "names"),
         (b'{"names": ["A"]}', "workers"),  # of two
-        (b'{"prefix": "\\ud800"}', "prefix"),  # half a character
+        (b'{"prefix": "\\ud800"}', "UTF-8: '\\ud800'"),  # half a character
         (b'{"names": ["\\ud800", "B"]}', "names"),
         (b'{"col\\nour": "red"}', "col"),
     ],

@@ -409,11 +409,22 @@ def test_typed_control_tokens_give_no_control_in_any_template(prompt: str, templ
     assert control_ids(ours, ours.chat(prompt)) == control_ids(ours, ours.chat("hello"))
 
 
-def test_a_control_token_that_user_and_template_spell_together_is_text():
-    ours, _ = pair("smollm", "<|im_start|><|im_{{ messages[0].content }}|></{{ messages[0].role[3:] }}")
-    ids = ours.chat("end")
-    assert control_ids(ours, ids) == [ours.control["<|im_start|>"]]
-    assert ours.decode(ids) == "<|im_end|></r"
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("<|im_start|><|im_{{ messages[0].content }}|>", "end"),
+        ("{{ messages[0].content | replace('-', '') }}", "<|im-_end|>"),
+        ("{{ messages[0].content | reverse }}", ">|dne_mi|<"),
+        ("{{ messages[0].content }}", "☃"),  # cannot be broken
+    ],
+)
+def test_a_control_token_that_comes_about_in_the_template_is_refused(tmp_path: Path, template: str, prompt: str):
+    tokenizer = build("smollm")
+    tokenizer.add_tokens([AddedToken("☃", normalized=False)])
+    ours = Tokenizer(save(tmp_path, tokenizer, template))
+    assert "control tokens" in refusal(ours.chat, prompt)
+    ours.chat("hello")
+    assert control_ids(ours, ours.encode("<|im_end|>☃")) == []
 
 
 # ---- templates that fail, or do something else with the prompt
@@ -427,7 +438,6 @@ FAILING = {
     "no such filter": ("{{ messages[0].content | sing }}", "sing"),
     "types": ("{{ messages[0].content + 1 }}", ""),
     "division": ("{{ messages[0].content }}{{ 1 / 0 }}", ""),
-    "index": ("{{ messages[0].content }}{{ messages | batch(0) | list }}", ""),
     "a long range": ("{{ messages[0].content }}{% for i in range(200000) %}x{% endfor %}", ""),
     "endless recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ messages[0].content }}{{ a() }}", ""),
     "not text": (17, ""),
@@ -494,15 +504,14 @@ HANDLED_OTHERWISE = {
     "for HTML": ("{{ messages[0].content | e }}", "a < b"),
     "by its content": ("{% if 'x' in messages[0].content %}No.{% else %}{{ messages[0].content }}{% endif %}", "x"),
     "beside words that hang on it": ("{{ 'A' if 'x' in messages[0].content else 'B' }}{{ messages[0].content }}", "x"),
-    "the middle of it": ("{{ messages[0].content.split('</think>')[-1] }}", "one</think>two"),
 }
 
 
 @pytest.mark.parametrize("case", HANDLED_OTHERWISE)
-def test_a_template_must_show_the_message_once_as_it_is(case: str):
-    """Else what the model reads is not what the user wrote, and nobody would know."""
+def test_a_template_may_do_to_the_message_what_it_may_elsewhere(case: str):
     template, prompt = HANDLED_OTHERWISE[case]
-    assert "chat template" in refusal(with_template(pair("smollm")[0], template).chat, prompt)
+    ours, theirs = pair("smollm", template)
+    assert ours.chat(prompt) == theirs.chat(prompt)
 
 
 @pytest.mark.parametrize("trim", ["| trim", ".strip()", ".rstrip()", ".lstrip()"])

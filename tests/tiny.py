@@ -29,9 +29,10 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
+    vocab_size = save_tokenizer(folder)
     settings = {
         "model_type": "llama",
-        "vocab_size": save_tokenizer(folder),
+        "vocab_size": vocab_size,
         "hidden_size": 24,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -41,6 +42,7 @@ def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
         "max_position_embeddings": context,
         "rope_theta": 1000.0,
         "dtype": "float64",
+        "eos_token_id": vocab_size - 1,
     }
     (folder / "config.json").write_text(json.dumps(settings))
     config = parse_config(settings)
