@@ -49,7 +49,7 @@ class Writer:
 
 
 class Run:
-    """One problem, `workers` writers, one cache. Iterate over a Run, once, to run it; it yields events as they happen:
+    """One problem, `workers` writers, one cache. Iterate over a Run to run it; it yields events as they happen:
 
         {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
         {"do": "move", "from", "to"}                   a finished paragraph went to the common block
@@ -110,6 +110,8 @@ class Run:
         return mode(found[:1] if self.shared else found) if found else None
 
     def __iter__(self) -> Iterator[dict]:
+        if any(self.cache.lengths.values()):
+            raise RuntimeError("a Run runs once: make another")
         yield from self._prefill()
         yield from [self._begin(worker) for worker in self.workers]
         while not (reason := self._reason_to_stop()):
@@ -306,7 +308,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all")
     add("--seed", type=int, default=0, help="same seed, same text, on the same machine and dtype (default: 0)")
     add("--prompts", type=Path, metavar="FILE", help="the words that make workers cooperate, as JSON")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: the checkpoint's")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--pace", type=float, metavar="N", help=f"at most N steps a second; 0: any (default: {PACE} on a terminal)")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")

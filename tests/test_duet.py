@@ -336,17 +336,16 @@ def twenty() -> list[Sheet]:
     return fresh_sheets(20)
 
 
-# The bundled model is not yet what it is to be: four workers should do as well as two
-@pytest.mark.parametrize(("workers", "right", "whole"), [(1, 0.99, 0.95), (2, 0.99, 0.95), (4, 0.95, 0.75)])
-def test_twenty_sheets(twenty, workers, right, whole):
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_twenty_sheets(twenty, workers):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         result = evaluate(str(DUET), "auto", "combined", workers, twenty, pool)
-    assert result["right"] >= right
-    assert result["whole"] >= whole
-    assert result["duplicates"] <= 0.1
-    if workers < 4:
-        assert result["steps"] <= 1.08 * result["expert"]
-        assert result["retired"] == 1
+    assert result["right"] >= 0.99
+    assert result["whole"] >= 0.95
+    assert result["duplicates"] <= 0.05
+    assert result["steps"] <= 1.08 * result["expert"]
+    assert result["retired"] == 1
+    assert (result["backed_off"] > 0.5) == (workers > 1)  # two named the same line, and one let go
 
 
 def test_alone_each_does_everything(twenty):

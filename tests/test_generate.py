@@ -1127,6 +1127,13 @@ def test_a_summary_at_any_time(model):
     assert run.summary()["forward_steps"] == 5
 
 
+def test_a_run_runs_once(model):
+    run = Run(model, PROBLEM, max_steps=1, prompts=WORDS)
+    list(run)
+    with pytest.raises(RuntimeError, match="once"):
+        list(run)
+
+
 def test_the_schedule_is_json(model):
     seen = record(model, 2, "interleaved", two_texts(model))
     assert json.loads(json.dumps(seen.events)) == seen.events
