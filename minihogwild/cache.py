@@ -71,7 +71,7 @@ class Cache:
         The blocks' lengths advance at once; `forward` with this plan then writes the keys and values.
         Raises InputError where the views contradict each other; the cache is then as it was.
         """
-        self._check(views, counts)
+        check_step(views, counts, list(self.lengths))
         slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
         columns = {block: b for b, block in enumerate(dict.fromkeys(block for view in views for block in view))}
         starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
@@ -141,8 +141,7 @@ class Cache:
 
         Raises InputError for a block that the cache does not have, or a move onto itself.
         """
-        self._known([source, target])
-        require(source != target, f"block {source!r} cannot be moved onto itself")
+        check_move(source, target, list(self.lengths))
         count, at = self.lengths[source], self.lengths[target]
         old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
         turn = rotation(torch.tensor(at), self.frequencies, self.compute_dtype).to(self.device)
@@ -152,20 +151,6 @@ class Cache:
             values[:, new] = values[:, old]
         self.free = sorted(self.free + self.pages[source])
         self.pages[source], self.lengths[source] = [], 0
-
-    def _check(self, views: list[list[str]], counts: list[int]) -> None:
-        paired = len(views) == len(counts) > 0 and all(views)
-        require(paired, "a step needs at least one view, none of them empty, and a token list for each")
-        for view in views:
-            self._known(view)
-            require(len(set(view)) == len(view), f"a block stands twice in the view {list(view)}")
-        own = [view[-1] for view in views]
-        require(len(set(own)) == len(own), f"two views of one step end in the same block: {own}")
-        require(min(counts) >= 1, f"each worker of a step feeds at least one token, not {min(counts)}")
-
-    def _known(self, blocks: list[str]) -> None:
-        unknown = [block for block in blocks if block not in self.lengths]
-        require(not unknown, f"unknown block {', '.join(map(repr, unknown))}: the cache has {[*self.lengths]}")
 
     def _slots(self, block: str, start: int, stop: int) -> Tensor:
         n = torch.arange(start, stop)
@@ -193,3 +178,25 @@ class Cache:
                 self.keys[layer] = torch.cat((keys, keys.new_zeros(new, K, PAGE, D)))
                 self.values[layer] = torch.cat((values, values.new_zeros(K, new * PAGE, D)), 1)
         self.free += range(old, old + new)  # higher than all of them
+
+
+def check_step(views: list[list[str]], counts: list[int], blocks: list[str]) -> None:
+    """Raise InputError where a step of such views and numbers of tokens contradicts itself."""
+    paired = len(views) == len(counts) > 0 and all(views)
+    require(paired, "a step needs at least one view, none of them empty, and a token list for each")
+    for view in views:
+        check_known(view, blocks)
+        require(len(set(view)) == len(view), f"a block stands twice in the view {list(view)}")
+    own = [view[-1] for view in views]
+    require(len(set(own)) == len(own), f"two views of one step end in the same block: {own}")
+    require(min(counts) >= 1, f"each worker of a step feeds at least one token, not {min(counts)}")
+
+
+def check_move(source: str, target: str, blocks: list[str]) -> None:
+    check_known([source, target], blocks)
+    require(source != target, f"block {source!r} cannot be moved onto itself")
+
+
+def check_known(names: list[str], blocks: list[str]) -> None:
+    unknown = [name for name in names if name not in blocks]
+    require(not unknown, f"unknown block {', '.join(map(repr, unknown))}: there are {blocks}")

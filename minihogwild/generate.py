@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import logging
-import os
 import re
 import sys
 import time
@@ -16,12 +14,13 @@ from statistics import mode
 import torch
 
 from .cache import Cache
-from .config import InputError, require
+from .commands import Parser, require_writable, run_command, whole_file
+from .config import require
 from .layouts import COMMON, FINISHER, LAYOUTS
 from .load import DTYPES, Model, load
-from .memory import allocating
-from .model import forward
+from .model import step
 from .prompts import Prompts, boxed, fill, load_prompts, paragraph_closed, prompts_of
+from .replay import digest, schedule_json
 from .sampling import Sampling, sample
 from .text import Stream
 
@@ -100,6 +99,7 @@ class Run:
         self.cache = Cache(model.config, blocks, model.dtype, model.device)
 
         self.forward_steps = self.finisher_steps = self.since_check = 0
+        self.logits: torch.Tensor | None = None  # [W, V], of the step that was last yielded
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
         self.stopped_by: str | None = None
 
@@ -132,13 +132,13 @@ class Run:
         steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
         steps.append([header for header in self.headers if header.pending])
         for writers in filter(None, steps):
-            yield self._feed(writers)[1]
+            yield self._feed(writers)
 
     def _step(self) -> Iterator[dict]:
         """One forward pass of all active workers, and what follows from it for each."""
         began = time.perf_counter()
         active = [worker for worker in self.workers if worker.active]
-        logits, step = self._feed(active)
+        event = self._feed(active)
         self.forward_steps += 1
         events, rows = [], []
         for row, worker in enumerate(active):
@@ -152,24 +152,19 @@ class Run:
                 self.since_check += 1
                 rows.append(row)
         if rows:
-            ids = sample(logits[rows], self.sampling, [active[row].random for row in rows])
+            ids = sample(self.logits[rows], self.sampling, [active[row].random for row in rows])
             for row, token in zip(rows, ids):
-                step["sampled"][row] = token
+                event["sampled"][row] = token
                 events += self._take(active[row], token)
         self.seconds += time.perf_counter() - began
-        yield step
+        yield event
         yield from events
 
-    def _feed(self, writers: list[Writer]) -> tuple[torch.Tensor, dict]:
-        """Feed what each writer has pending: (logits, the event; what is sampled from them is yet to be put in)."""
+    def _feed(self, writers: list[Writer]) -> dict:
+        """Feed what each writer has pending. Returns the event; what is sampled from the logits is yet to be put in."""
         views, tokens = [writer.view for writer in writers], [writer.pending for writer in writers]
-        flat = torch.tensor([token for ids in tokens for token in ids], device=self.model.device)
-        plan = self.cache.extend(views, [len(ids) for ids in tokens])
-        # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
-        nbytes = 4 * self.model.config.num_attention_heads * plan.mask.nbytes
-        with allocating(nbytes, f"a step of {len(flat)} tokens", self.model.device):
-            logits = forward(flat, self.model.weights, self.model.config, self.cache, plan)
-        return logits, {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
+        self.logits = step(views, tokens, self.model.weights, self.model.config, self.cache)
+        return {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
 
     def _begin(self, worker: Writer) -> dict:
         """Queue the prefix of the worker's next paragraph."""
@@ -231,10 +226,10 @@ class Run:
             yield {"do": "text", "worker": finisher.name, "text": self.words.cue}
         feeding = [worker for worker in self.workers if worker.active and not worker.begins] + writing
         while writing:
-            logits, step = self._feed(feeding)
+            event = self._feed(feeding)
             self.finisher_steps += 1
-            step["sampled"][-len(writing) :] = ids = logits[-len(writing) :].argmax(-1).tolist()
-            yield step
+            event["sampled"][-len(writing) :] = ids = self.logits[-len(writing) :].argmax(-1).tolist()
+            yield event
             for finisher, token in zip(writing, ids):
                 yield from self._take(finisher, token)
                 ended = token in self.model.eos or finisher.tokens == FINISHER_TOKENS
@@ -289,12 +284,7 @@ class Printer:
             self.show(name, "\n")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> Parser:
     parser = Parser("minihogwild", description="Several workers, one language model, one shared attention cache.")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the problem; -: standard input; none: that, else the model's own")
@@ -312,6 +302,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--pace", type=float, metavar="N", help=f"at most N steps a second; 0: any (default: {PACE} on a terminal)")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
+    add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
     return parser
 
 
@@ -327,9 +318,8 @@ def read_prompt(given: str | None, default: str) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
-    out = Path(os.path.realpath(options.json)) if options.json else None
-    writable = not out or (os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out)))
-    require(writable, f"--json {options.json}: no file can be written there")
+    for path, option in ((options.json, "--json"), (options.record, "--record")):
+        require_writable(path, option)
     pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
     require(pace == 0 or 0.01 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none), or 0.01 or more")
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
@@ -340,9 +330,11 @@ def command(options: argparse.Namespace) -> int:
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
     due = time.monotonic()
-    printer = Printer([worker.name for worker in run.workers])
+    printer, recorded = Printer([worker.name for worker in run.workers]), []
     try:
         for event in run:
+            if options.record and event["do"] in ("step", "move"):
+                recorded.append(event | ({"digest": digest(run.logits)} if event["do"] == "step" else {}))
             if event["do"] == "step" and pace:
                 time.sleep(max(0, due - time.monotonic()))
                 due = max(due, time.monotonic()) + 1 / pace
@@ -365,37 +357,18 @@ def command(options: argparse.Namespace) -> int:
         f"stopped by {run.stopped_by}",
         file=sys.stderr,
     )
-    if out:
-        write_whole(out, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+    if options.json:
+        with whole_file(options.json) as file:
+            file.write(json.dumps(result, ensure_ascii=False, indent=2).encode() + b"\n")
+    if options.record:
+        with whole_file(options.record) as file:
+            file.write(schedule_json([*run.cache.lengths], recorded))
     return 130 if run.stopped_by == "interrupt" else 0
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Written beside, then renamed: the file is whole, or as it was."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command `minihogwild`. Exit code 2, with one line on standard error, for what can't be done."""
-    logging.basicConfig(format="minihogwild: %(message)s")
-    options = arguments().parse_args(argv)
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
-    try:
-        return command(options)
-    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"minihogwild: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """The command `minihogwild`."""
+    return run_command(command, arguments(), argv)
 
 
 if __name__ == "__main__":

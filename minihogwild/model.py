@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .cache import Cache, Plan
 from .config import Config, Weights
+from .memory import allocating
 
 
 @torch.no_grad()
@@ -32,3 +33,13 @@ def forward(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan
         gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, layer.down)
     return F.linear(norm(x[plan.last], weights.norm), weights.head)
+
+
+def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache) -> Tensor:
+    """`forward` for lists: worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V]."""
+    plan = cache.extend(views, [len(ids) for ids in tokens])
+    flat = torch.tensor([token for ids in tokens for token in ids], device=cache.device)
+    # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
+    nbytes = 4 * config.num_attention_heads * plan.mask.nbytes
+    with allocating(nbytes, f"a step of {len(flat)} tokens", cache.device):
+        return forward(flat, weights, config, cache, plan)

@@ -21,6 +21,7 @@ import torch
 from tiny import END, ids_of, save_model
 
 from minihogwild import Model, generate, load
+from minihogwild import model as transformer
 from minihogwild.generate import main
 
 SAYS = {"together": "{names}: {problem}\n", "header_others": "[o]", "header_own": "[m]", "cue": " \\boxed{"}
@@ -83,14 +84,14 @@ def fail_at_step(monkeypatch) -> Callable[[int, BaseException], None]:
     """Let the n-th call of forward raise."""
 
     def patch(n: int, error: BaseException) -> None:
-        forward, calls = generate.forward, itertools.count(1)
+        forward, calls = transformer.forward, itertools.count(1)
 
         def failing(*arguments):
             if next(calls) == n:
                 raise error
             return forward(*arguments)
 
-        monkeypatch.setattr(generate, "forward", failing)
+        monkeypatch.setattr(transformer, "forward", failing)
 
     return patch
 

@@ -17,6 +17,7 @@ from tiny import END, ids_of, load_model
 from torch import Tensor
 
 from minihogwild import InputError, Model, Sampling, generate
+from minihogwild import model as transformer
 from minihogwild.generate import Run
 from minihogwild.layouts import COMMON, FINISHER, LAYOUTS, OTHERS, OWN, SEPARATOR
 from minihogwild.oracle import Oracle
@@ -133,7 +134,7 @@ def record(
     run = Run(model, problem, workers, layout, prompts=prompts, **options)
     seen = Record(run)
     views_now: list[list[str]] = []
-    extend, forward, sample = run.cache.extend, generate.forward, generate.sample
+    extend, forward, sample = run.cache.extend, transformer.forward, generate.sample
     late = itertools.repeat(ids_of(model, "x")[0])
     texts = {id(w.random): itertools.chain(script, late) for w, script in zip(run.workers, scripts or [])}
     assert not scripts or len(scripts) == workers
@@ -161,7 +162,7 @@ def record(
 
     run.cache.extend = spying_extend
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "forward", spying_forward)
+        patch.setattr(transformer, "forward", spying_forward)
         patch.setattr(generate, "sample", by_script)
         seen.events += run
     return seen

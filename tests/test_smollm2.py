@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from minihogwild import Cache, Model, Sampling, forward, generate, load
+from minihogwild import Cache, Model, Sampling, forward, load
+from minihogwild import model as transformer
 from minihogwild.generate import Run
 from minihogwild.layouts import LAYOUTS
 from minihogwild.oracle import Oracle
@@ -195,7 +196,7 @@ def test_200_steps(bfloat16, layout, workers):
 
 def test_oracle_makes_the_same_choices(float32, monkeypatch):
     logits: list[Tensor] = []
-    monkeypatch.setattr(generate, "forward", lambda *arguments: logits.append(forward(*arguments)) or logits[-1])
+    monkeypatch.setattr(transformer, "forward", lambda *arguments: logits.append(forward(*arguments)) or logits[-1])
     run = Run(float32, BREAD, 2, "combined", max_steps=100, sampling=Sampling(), prompts=TURNS)
     events = [event for event in run if event["do"] in ("step", "move")]
     assert sum(event["do"] == "move" for event in events) >= 8

@@ -1,0 +1,145 @@
+"""A schedule in, logits out: `python -m minihogwild.replay`, for whoever checks another implementation.
+
+A schedule is the list of the steps and moves of a run, as JSON:
+
+    {"version": 1, "blocks": [name, ...], "events": [event, ...]}
+    {"do": "step", "views": [[block, ...], ...], "tokens": [[id, ...], ...]}    also "sampled", "digest"
+    {"do": "move", "from": block, "to": block}
+
+The logits go to a safetensors file: for each step event a tensor `step_0000`, numbered by the event's index, float32,
+[workers in the step, V], after each worker's last token.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cache import Cache, check_move, check_step
+from .commands import Parser, require_writable, run_command, whole_file
+from .config import refusing, require
+from .load import DTYPES, Model, load
+from .model import step
+from .oracle import Oracle
+from .text import read_json
+
+
+def digest(logits: Tensor) -> str:
+    """dtype and hash of logits: equal where they are equal bit for bit."""
+    data = logits.cpu().contiguous().view(torch.uint8).numpy()
+    return f"{str(logits.dtype)[6:]}:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def schedule_json(blocks: list[str], events: list[dict]) -> bytes:
+    """A schedule as a file holds it: a line for each event."""
+    lines = ",\n".join(json.dumps(event, ensure_ascii=False) for event in events)
+    return f'{{"version": 1, "blocks": {json.dumps(blocks, ensure_ascii=False)}, "events": [\n{lines}\n]}}\n'.encode()
+
+
+def read_schedule(path: Path, vocab_size: int) -> dict:
+    """A schedule from its file. Raises InputError, with the event's index, where it contradicts itself."""
+    schedule = {"version": 1, "blocks": None, "events": None} | read_json(path)
+    blocks, events = schedule["blocks"], schedule["events"]
+    with refusing(path):
+        require(schedule["version"] == 1, f"version {schedule['version']!r} is not known, only 1")
+        names = isinstance(blocks, list) and all(isinstance(name, str) for name in blocks)
+        require(names and len(set(blocks)) == len(blocks), "blocks must be a list of names that differ")
+        require(isinstance(events, list), "events must be a list")
+        for index, event in enumerate(events):
+            with refusing(f"event {index}"):
+                check_event(event, blocks, vocab_size)
+    return schedule
+
+
+def check_event(event: object, blocks: list[str], vocab_size: int) -> None:
+    require(isinstance(event, dict) and event.get("do") in ("step", "move"), "'do' must be step or move")
+    if event["do"] == "move":
+        check_move(event.get("from"), event.get("to"), blocks)
+        return
+    for key, kind in (("views", str), ("tokens", int)):
+        lists = event.get(key)
+        right = isinstance(lists, list) and all(isinstance(row, list) for row in lists)
+        right = right and all(type(item) is kind for row in lists for item in row)
+        require(right, f"{key} must be a list of lists of {kind.__name__}")
+    check_step(event["views"], [len(ids) for ids in event["tokens"]], blocks)
+    outside = [token for ids in event["tokens"] for token in ids if not 0 <= token < vocab_size]
+    require(not outside, f"token {outside[:1]} is outside the vocabulary of {vocab_size}")
+
+
+def replay(schedule: dict, model: Model, oracle: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """(index of the event, logits [W, V]) of each step: by the engine, or in float64 by the oracle."""
+    config, weights, blocks = model.config, model.weights, schedule["blocks"]
+    cache = Oracle(config, weights, blocks) if oracle else Cache(config, blocks, model.dtype, model.device)
+    for index, event in enumerate(schedule["events"]):
+        if event["do"] == "move":
+            cache.move(event["from"], event["to"])
+        else:
+            given = event["views"], event["tokens"]
+            yield index, cache.step(*given) if oracle else step(*given, weights, config, cache)
+
+
+def tensor_name(index: int) -> str:
+    return f"step_{index:04d}"
+
+
+def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
+    """What a safetensors file of float32 tensors begins with: the header's length, and where each tensor lies."""
+    tensors, start = {}, 0
+    for name, (rows, columns) in shapes.items():
+        end = start + 4 * rows * columns
+        tensors[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def command(options: argparse.Namespace) -> int:
+    require_writable(options.out, "--out")
+    model = load(options.model, options.dtype, options.device)
+    schedule = read_schedule(options.schedule, model.config.vocab_size)
+    events = schedule["events"]
+    with refusing(f"--events {options.events} is not A:B, two whole numbers"):
+        chosen = range(len(events))[slice(*(int(end) if end else None for end in options.events.split(":")))]
+    schedule["events"] = events[: chosen.stop]  # all from the first: they make the cache
+    written = [index for index in chosen if events[index]["do"] == "step"]
+    shapes = {tensor_name(index): [len(events[index]["views"]), model.config.vocab_size] for index in written}
+    verified, differs = 0, None
+    with whole_file(options.out) as file:
+        file.write(safetensors_header(shapes))  # so the logits can follow as they come
+        for index, logits in replay(schedule, model, options.oracle):
+            recorded, ours = str(events[index].get("digest")), digest(logits)
+            if recorded.partition(":")[0] == ours.partition(":")[0]:
+                verified += 1
+                differs = index if differs is None and recorded != ours else differs
+            if index in chosen:
+                require(logits.isfinite().all(), f"event {index}: logits are not finite, in {str(logits.dtype)[6:]}")
+                file.write(logits.cpu().to(torch.float32).numpy())
+    print(f"{len(written)} steps: {options.out}", file=sys.stderr)
+    if verified:
+        alike = "all as recorded, bit for bit" if differs is None else f"event {differs} is the first to differ"
+        print(f"{verified} recorded digests: {alike}", file=sys.stderr)
+    return int(differs is not None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 where recorded logits were others, bit for bit, in the same dtype; 2 for bad input."""
+    parser = Parser("minihogwild.replay", description="Replay a schedule, and write the logits of its steps.")
+    add = parser.add_argument
+    add("schedule", type=Path, help="as `minihogwild --record` writes it, or anybody else")
+    add("--model", required=True, help="a model folder, or a hub repository's name")
+    add("--out", type=Path, required=True, metavar="FILE", help="a safetensors file: one tensor for each step event")
+    add("--oracle", action="store_true", help="by the slow, obvious way, in float64, not by the engine")
+    add("--events", default=":", metavar="A:B", help="write the logits of these events alone")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    return run_command(command, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
