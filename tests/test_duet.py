@@ -17,7 +17,7 @@ import evaluate as evaluation
 import pytest
 import torch
 import train
-from evaluate import evaluate, fresh_sheets
+from evaluate import evaluate, fresh_sheets, measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sheets import (
@@ -38,6 +38,7 @@ from sheets import (
 from util import random_weights
 
 from minihogwild import Cache, forward, generate, load
+from minihogwild.cache import PAGE
 from minihogwild.generate import DUET, Run, main
 from minihogwild.layouts import COMMON
 from minihogwild.load import empty_weights, parse_config
@@ -346,6 +347,32 @@ def test_twenty_sheets(twenty, workers):
     assert result["steps"] <= 1.08 * result["expert"]
     assert result["retired"] == 1
     assert (result["backed_off"] > 0.5) == (workers > 1)  # two named the same line, and one let go
+
+
+def test_who_does_not_see_the_same_step_does_everything_twice(twenty, monkeypatch):
+    """With the engine broken: what others write in this very step is hidden. They name the same line, every time."""
+    extend = Cache.extend
+
+    def one_step_late(cache, views, counts):
+        before = dict(cache.lengths)
+        plan = extend(cache, views, counts)
+        columns = list(dict.fromkeys(block for view in views for block in view))
+        own = torch.tensor([columns.index(view[-1]) for view in views]).repeat_interleave(torch.tensor(counts))
+        late = torch.tensor([before[block] for block in columns])
+        visible = plan.visible.minimum(late)
+        rows = torch.arange(len(own))
+        visible[rows, own] = plan.visible[rows, own]
+        places = torch.arange(PAGE)
+        for block, b in ((block, columns.index(block)) for block in columns):
+            for n, page in enumerate(cache.pages[block]):
+                hidden = n * PAGE + places >= visible[:, b, None]
+                plan.mask[:, 0, page][hidden] = -torch.inf
+        return plan
+
+    sheet = twenty[0]
+    assert measure((str(DUET), "auto", "combined", 2, sheet, 0))["duplicates"] == 0
+    monkeypatch.setattr(Cache, "extend", one_step_late)
+    assert measure((str(DUET), "auto", "combined", 2, sheet, 0))["duplicates"] >= 6
 
 
 def test_alone_each_does_everything(twenty):
