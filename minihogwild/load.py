@@ -85,14 +85,16 @@ def fetch(name: str) -> Path:
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
     kind = settings.get("model_type")
-    require(kind in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} is not supported (llama, qwen2 and qwen3 are)")
+    context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}  # where silent
+    require(kind in context, f"model_type {kind!r} is not supported ({', '.join(context)} are)")
     quantization = settings.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "unknown")).upper()
     require(not quantization, f"{method}-quantised weights are not supported: use the unquantised model")
     only = {"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False, "partial_rotary_factor": 1.0}
     for key, value in only.items():
         require(settings.get(key, value) == value, f"{key} {settings.get(key)!r} is not supported, only {value!r}")
-    slides = settings.get("use_sliding_window") and settings.get("sliding_window")
+    # Mistral's window needs no switch, and is 4096 where config.json is silent, but not where it says null
+    slides = (kind == "mistral" or settings.get("use_sliding_window")) and settings.get("sliding_window", 4096)
     slides = slides or "sliding_attention" in (settings.get("layer_types") or [])
     require(not slides, "sliding-window attention is not supported")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -101,7 +103,7 @@ def parse_config(settings: dict) -> Config:
     E, H = settings["hidden_size"], settings["num_attention_heads"]
     # Where config.json is silent, the defaults of transformers' classes hold
     silent = {"num_key_value_heads": H, "head_dim": 128 if kind == "qwen3" else E // H, "rms_norm_eps": 1e-6}
-    silent |= {"max_position_embeddings": 2048 if kind == "llama" else 32768, "tie_word_embeddings": False}
+    silent |= {"max_position_embeddings": context[kind], "tie_word_embeddings": False}
     settings = silent | {key: value for key, value in settings.items() if value is not None}
     K, D = settings["num_key_value_heads"], settings["head_dim"]
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")

@@ -1,4 +1,4 @@
-"""The transformer, for Llama and Qwen: biases and q/k norms are used where the checkpoint has them."""
+"""The transformer, for Llama, Mistral and Qwen: biases and q/k norms are used where the checkpoint has them."""
 
 import torch
 import torch.nn.functional as F

@@ -265,10 +265,11 @@ def test_any_architecture_is_loaded_to_its_place(data):
 
 
 @pytest.mark.parametrize(
-    ("kind", "biases", "qk_norms"), [("qwen2", True, False), ("qwen3", False, True), ("llama", False, False)]
+    ("kind", "biases", "qk_norms"),
+    [("llama", False, False), ("mistral", False, False), ("qwen2", True, False), ("qwen3", False, True)],
 )
 def test_each_family_from_a_folder(tmp_path: Path, kind: str, biases: bool, qk_norms: bool):
-    config = TINY | {"model_type": kind}
+    config = TINY | {"model_type": kind, "sliding_window": None}
     saved = make_tensors(config, biases, qk_norms)
     weights = load(make_folder(tmp_path, config, saved), device="cpu").weights
     assert_holds(weights, saved, config)
@@ -602,18 +603,21 @@ def test_numbers_that_config_json_may_leave_out():
     assert config.max_position_embeddings == 2048
     assert parse_config(silent | {"model_type": "qwen2"}).max_position_embeddings == 32768
     assert parse_config(silent | {"model_type": "qwen3"}).max_position_embeddings == 32768
+    mistral = parse_config(silent | {"model_type": "mistral", "sliding_window": None})
+    assert mistral.max_position_embeddings == 131072
     assert parse_config(TINY | {"num_key_value_heads": None}).num_key_value_heads == 4
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_numbers_left_out_are_those_of_transformers(kind: str):
     """Its own classes are what a hub author relied on when leaving something out."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoConfig
 
-    their_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
     given = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    given |= {"num_attention_heads": 6, "num_key_value_heads": 3}
-    theirs, ours = their_class(**given), parse_config(given | {"model_type": kind})
+    given |= {"num_attention_heads": 6, "num_key_value_heads": 3} | (
+        {"sliding_window": None} if kind == "mistral" else {}
+    )
+    theirs, ours = AutoConfig.for_model(kind, **given), parse_config(given | {"model_type": kind})
     for name in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -633,7 +637,10 @@ def test_head_dim(silence: dict):
 
 YARN = {"type": "yarn", "factor": 4.0}
 REFUSED = {
-    "model type": ({"model_type": "mistral"}, ["model_type", "'mistral'", "llama", "qwen2", "qwen3"]),
+    "model type": ({"model_type": "gemma"}, ["model_type", "'gemma'", "llama", "mistral", "qwen2", "qwen3"]),
+    "Mistral 7B v0.1": ({"model_type": "mistral", "sliding_window": 4096}, ["sliding-window"]),
+    "Mistral's silence": ({"model_type": "mistral"}, ["sliding-window"]),  # means 4096
+    "Qwen's silence": ({"model_type": "qwen2", "use_sliding_window": True}, ["sliding-window"]),  # the same
     "mixture of experts": ({"model_type": "qwen3_moe"}, ["'qwen3_moe'"]),
     "no model type": ({"model_type": None}, ["model_type"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
@@ -708,6 +715,7 @@ def test_a_missing_number_is_named(key: str):
         {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
         {"layer_types": ["full_attention", "full_attention"], "sliding_window": 4096},
         {"layer_types": None},
+        {"model_type": "mistral", "sliding_window": None},  # v0.2 and later
         {"mlp_bias": False, "attention_bias": False, "pretraining_tp": 1, "rope_interleaved": False},
         {"partial_rotary_factor": 1.0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 1.0}},

@@ -16,7 +16,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from minihogwild import Cache, Model, forward, load
 from minihogwild.rope import attention_factor, inverse_frequencies
@@ -81,6 +89,10 @@ CASES = {
         **GQA,
         tie_word_embeddings=True,
         rope_parameters=yarn(rope_theta=1e6, factor=2.0, original_max_position_embeddings=1024),
+    ),
+    "mistral": MistralConfig(**SIZES, **MHA, sliding_window=None),
+    "mistral theta": MistralConfig(
+        **SIZES, **GQA, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     ),
 }
 
