@@ -181,21 +181,27 @@ def empty_weights(
         fields["qkv_bias"] = {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items()}
     if qk_norms:
         fields |= {f"{x}_norm": {f"self_attn.{x}_norm.weight": [D]} for x in "qk"}
+    X, F = config.num_experts, config.moe_intermediate_size  # from here on, F of an expert
+    experts = {  # the same, in sparse layers: one expert below the other
+        "router": {"mlp.gate.weight": [X, E]},
+        "gate_up": {f"mlp.experts.{n}.{x}_proj.weight": [F, E] for n in range(X) for x in ("gate", "up")},
+        "down": {f"mlp.experts.{n}.down_proj.weight": [E, F] for n in range(X)},
+    }
     parts = {}
 
     def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor:
         rows, (_, *columns) = [shape[0] for shape in shapes.values()], next(iter(shapes.values()))
         whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         parts.update(zip([prefix + name for name in shapes], whole.split(rows)))
-        return whole
+        return whole.view(X, -1, *columns) if "experts" in next(iter(shapes)) else whole
+
+    def layer(i: int) -> Layer:
+        table = fields | experts if i in config.sparse_layers else fields
+        return Layer(**{field: empty(shapes, f"model.layers.{i}.") for field, shapes in table.items()})
 
     embed, norm = empty({"embed_tokens.weight": [config.vocab_size, E]}), empty({"norm.weight": [E]})
     head = embed if config.tie_word_embeddings else empty({"lm_head.weight": [config.vocab_size, E]}, "")
-    layers = [
-        Layer(**{field: empty(shapes, f"model.layers.{i}.") for field, shapes in fields.items()})
-        for i in range(config.num_hidden_layers)
-    ]
-    return Weights(embed, layers, norm, head), parts
+    return Weights(embed, [layer(i) for i in range(config.num_hidden_layers)], norm, head), parts
 
 
 def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch.device, model="the model") -> Weights:
