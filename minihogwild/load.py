@@ -85,7 +85,8 @@ def fetch(name: str) -> Path:
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
     kind = settings.get("model_type")
-    context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}  # where silent
+    # What is supported, and the max_position_embeddings that each means where config.json is silent
+    context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
     require(kind in context, f"model_type {kind!r} is not supported ({', '.join(context)} are)")
     quantization = settings.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "unknown")).upper()
@@ -108,7 +109,20 @@ def parse_config(settings: dict) -> Config:
     K, D = settings["num_key_value_heads"], settings["head_dim"]
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
     require(D % 2 == 0, f"head_dim {D} is odd, and rope needs pairs")
-    return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings))
+    experts = parse_experts(settings) if kind == "qwen3_moe" else {}
+    return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings), **experts)
+
+
+def parse_experts(settings: dict) -> dict:
+    """Config's fields about experts: `num_experts` (transformers 5 writes `num_local_experts`) and the like."""
+    silent = {"num_experts": settings.get("num_local_experts", 128), "num_experts_per_tok": 8}
+    silent |= {"moe_intermediate_size": 768, "norm_topk_prob": False}
+    experts = {key: settings.get(key, value) for key, value in silent.items()}
+    X, chosen, every = experts["num_experts"], experts["num_experts_per_tok"], settings.get("decoder_sparse_step", 1)
+    require(1 <= chosen <= X, f"num_experts_per_tok {chosen} is not from 1 to num_experts {X}")
+    require(every >= 1, f"decoder_sparse_step {every} is not 1 or more")
+    layers, dense = range(settings["num_hidden_layers"]), settings.get("mlp_only_layers", [])
+    return experts | {"sparse_layers": tuple(i for i in layers if i not in dense and (i + 1) % every == 0)}
 
 
 LENGTH = "original_max_position_embeddings"
