@@ -2,7 +2,7 @@
 
 Dimension letters, used in every file: T new tokens of a step (all workers together), W workers,
 B blocks, N tokens of a block, L layers, H query heads, K key/value heads, G = H / K, D head dim,
-E hidden size, F inner size of the MLP, V vocabulary.
+E hidden size, F inner size of the MLP, X experts of a layer (each an MLP of its own F), V vocabulary.
 """
 
 from contextlib import contextmanager
@@ -64,6 +64,11 @@ class Config:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope: Rope
+    sparse_layers: tuple[int, ...] = ()  # these have experts in place of the one MLP; the next four are about them
+    num_experts: int = 0  # X
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # F of each expert
+    norm_topk_prob: bool = False  # the chosen experts' probabilities are scaled to sum to 1
 
     @property
     def context(self) -> int:
@@ -80,11 +85,12 @@ class Layer:
     qkv: Tensor  # [(H + 2K) D, E]
     out: Tensor  # [E, H D]
     mlp_norm: Tensor  # [E]
-    gate_up: Tensor  # [2F, E]
-    down: Tensor  # [E, F]
+    gate_up: Tensor  # [2F, E]; [X, 2F, E] in sparse layers
+    down: Tensor  # [E, F]; [X, E, F] in sparse layers
     qkv_bias: Tensor | None = None  # [(H + 2K) D]  (Qwen2)
     q_norm: Tensor | None = None  # [D]  (Qwen3)
     k_norm: Tensor | None = None  # [D]  (Qwen3)
+    router: Tensor | None = None  # [X, E]  (Qwen3-MoE)
 
 
 @dataclass

@@ -85,14 +85,17 @@ def fetch(name: str) -> Path:
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
     kind = settings.get("model_type")
-    require(kind in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} is not supported (llama, qwen2 and qwen3 are)")
+    # What is supported, and the max_position_embeddings that each means where config.json is silent
+    context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
+    require(kind in context, f"model_type {kind!r} is not supported ({', '.join(context)} are)")
     quantization = settings.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "unknown")).upper()
     require(not quantization, f"{method}-quantised weights are not supported: use the unquantised model")
     only = {"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False, "partial_rotary_factor": 1.0}
     for key, value in only.items():
         require(settings.get(key, value) == value, f"{key} {settings.get(key)!r} is not supported, only {value!r}")
-    slides = settings.get("use_sliding_window") and settings.get("sliding_window")
+    # Mistral's window needs no switch, and is 4096 where config.json is silent, but not where it says null
+    slides = (kind == "mistral" or settings.get("use_sliding_window")) and settings.get("sliding_window", 4096)
     slides = slides or "sliding_attention" in (settings.get("layer_types") or [])
     require(not slides, "sliding-window attention is not supported")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -101,12 +104,25 @@ def parse_config(settings: dict) -> Config:
     E, H = settings["hidden_size"], settings["num_attention_heads"]
     # Where config.json is silent, the defaults of transformers' classes hold
     silent = {"num_key_value_heads": H, "head_dim": 128 if kind == "qwen3" else E // H, "rms_norm_eps": 1e-6}
-    silent |= {"max_position_embeddings": 2048 if kind == "llama" else 32768, "tie_word_embeddings": False}
+    silent |= {"max_position_embeddings": context[kind], "tie_word_embeddings": False}
     settings = silent | {key: value for key, value in settings.items() if value is not None}
     K, D = settings["num_key_value_heads"], settings["head_dim"]
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
     require(D % 2 == 0, f"head_dim {D} is odd, and rope needs pairs")
-    return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings))
+    experts = parse_experts(settings) if kind == "qwen3_moe" else {}
+    return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings), **experts)
+
+
+def parse_experts(settings: dict) -> dict:
+    """Config's fields about experts: `num_experts` (transformers 5 writes `num_local_experts`) and the like."""
+    silent = {"num_experts": settings.get("num_local_experts", 128), "num_experts_per_tok": 8}
+    silent |= {"moe_intermediate_size": 768, "norm_topk_prob": False}
+    experts = {key: settings.get(key, value) for key, value in silent.items()}
+    X, chosen, every = experts["num_experts"], experts["num_experts_per_tok"], settings.get("decoder_sparse_step", 1)
+    require(1 <= chosen <= X, f"num_experts_per_tok {chosen} is not from 1 to num_experts {X}")
+    require(every >= 1, f"decoder_sparse_step {every} is not 1 or more")
+    layers, dense = range(settings["num_hidden_layers"]), settings.get("mlp_only_layers", [])
+    return experts | {"sparse_layers": tuple(i for i in layers if i not in dense and (i + 1) % every == 0)}
 
 
 LENGTH = "original_max_position_embeddings"
@@ -179,21 +195,27 @@ def empty_weights(
         fields["qkv_bias"] = {f"self_attn.{x}_proj.bias": [n * D] for x, n in heads.items()}
     if qk_norms:
         fields |= {f"{x}_norm": {f"self_attn.{x}_norm.weight": [D]} for x in "qk"}
+    X, F = config.num_experts, config.moe_intermediate_size  # from here on, F of an expert
+    experts = {  # the same, in sparse layers: one expert below the other
+        "router": {"mlp.gate.weight": [X, E]},
+        "gate_up": {f"mlp.experts.{n}.{x}_proj.weight": [F, E] for n in range(X) for x in ("gate", "up")},
+        "down": {f"mlp.experts.{n}.down_proj.weight": [E, F] for n in range(X)},
+    }
     parts = {}
 
     def empty(shapes: dict[str, list[int]], prefix: str = "model.") -> Tensor:
         rows, (_, *columns) = [shape[0] for shape in shapes.values()], next(iter(shapes.values()))
         whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         parts.update(zip([prefix + name for name in shapes], whole.split(rows)))
-        return whole
+        return whole.view(X, -1, *columns) if "experts" in next(iter(shapes)) else whole
+
+    def layer(i: int) -> Layer:
+        table = fields | experts if i in config.sparse_layers else fields
+        return Layer(**{field: empty(shapes, f"model.layers.{i}.") for field, shapes in table.items()})
 
     embed, norm = empty({"embed_tokens.weight": [config.vocab_size, E]}), empty({"norm.weight": [E]})
     head = embed if config.tie_word_embeddings else empty({"lm_head.weight": [config.vocab_size, E]}, "")
-    layers = [
-        Layer(**{field: empty(shapes, f"model.layers.{i}.") for field, shapes in fields.items()})
-        for i in range(config.num_hidden_layers)
-    ]
-    return Weights(embed, layers, norm, head), parts
+    return Weights(embed, [layer(i) for i in range(config.num_hidden_layers)], norm, head), parts
 
 
 def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch.device, model="the model") -> Weights:

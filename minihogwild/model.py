@@ -1,11 +1,11 @@
-"""The transformer, for Llama and Qwen: biases and q/k norms are used where the checkpoint has them."""
+"""The transformer, for Llama, Mistral and Qwen: biases, q/k norms and routers are used where a checkpoint has them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Cache, Plan
-from .config import Config, Weights
+from .config import Config, Layer, Weights
 from .memory import allocating
 
 
@@ -30,9 +30,28 @@ def forward(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan
         mixed = cache.attend(i, q, plan)  # [T, H, D]
         x = x + F.linear(mixed.flatten(1), layer.out)
 
-        gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, layer.down)
+        y = norm(x, layer.mlp_norm)
+        x = x + (mlp(y, layer.gate_up, layer.down) if layer.router is None else mixture(y, layer, config))
     return F.linear(norm(x[plan.last], weights.norm), weights.head)
+
+
+def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[T, E] in and out."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def mixture(x: Tensor, layer: Layer, config: Config) -> Tensor:
+    """[T, E] in and out: each token takes the MLPs of its most probable experts, times their probabilities."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    shares, chosen = F.linear(x, layer.router).softmax(-1, exact).topk(config.num_experts_per_tok)  # [T, k]
+    if config.norm_topk_prob:
+        shares = shares / shares.sum(-1, keepdim=True)
+    mixed = torch.zeros_like(x, dtype=exact)
+    for expert in chosen.unique().tolist():  # waits for the device, but reads no expert that nobody chose
+        token, rank = (chosen == expert).nonzero(as_tuple=True)  # no token twice
+        mixed[token] += shares[token, rank, None] * mlp(x[token], layer.gate_up[expert], layer.down[expert])
+    return mixed.to(x.dtype)
 
 
 def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache) -> Tensor:

@@ -37,8 +37,7 @@ class Oracle:
             for w, view in enumerate(views):
                 mixed = self.attention(i, view, queries[w])
                 x = hidden[w] + mixed.flatten(1) @ layer.out.T
-                gate, up = (self.norm(x, layer.mlp_norm) @ layer.gate_up.T).chunk(2, -1)
-                hidden[w] = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T
+                hidden[w] = x + torch.stack([self.mlp(y, layer) for y in self.norm(x, layer.mlp_norm)])
         last = torch.stack([x[-1] for x in hidden])
         return self.norm(last, self.weights.norm) @ self.weights.head.T
 
@@ -71,6 +70,15 @@ class Oracle:
         scores = magnitude(self.config) ** 2 / math.sqrt(self.config.head_dim) * torch.einsum("nhd,shd->hns", q, keys)
         return torch.einsum("hns,shd->nhd", scores.masked_fill(future, -math.inf).softmax(-1), values)
 
+    def mlp(self, x: Tensor, layer: Layer) -> Tensor:
+        """[E] in and out: one token alone."""
+        if layer.router is None:
+            return swiglu(x, layer.gate_up, layer.down)
+        probabilities = (layer.router @ x).softmax(0).tolist()
+        best = sorted(range(len(probabilities)), key=probabilities.__getitem__)[-self.config.num_experts_per_tok :]
+        whole = sum(probabilities[n] for n in best) if self.config.norm_topk_prob else 1.0
+        return sum(probabilities[n] / whole * swiglu(x, layer.gate_up[n], layer.down[n]) for n in best)
+
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate [n, heads, D] to n positions, as complex numbers."""
         half = self.config.head_dim // 2
@@ -80,6 +88,11 @@ class Oracle:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (gate_up @ x).chunk(2)
+    return down @ (gate * torch.sigmoid(gate) * up)
 
 
 def to_float64(weights: Weights) -> Weights:

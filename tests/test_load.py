@@ -50,6 +50,15 @@ TINY = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+MOE = TINY | {
+    "model_type": "qwen3_moe",
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 
 
@@ -60,9 +69,15 @@ def without(mapping: dict, *keys: str) -> dict:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
+def sparse(config: dict, i: int) -> bool:
+    """Whether layer i has experts."""
+    moe = config["model_type"] == "qwen3_moe"
+    return moe and i not in config["mlp_only_layers"] and (i + 1) % config["decoder_sparse_step"] == 0
+
+
 def make_tensors(config: dict, biases=False, qk_norms=False, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors under the hub's names, all different: random numbers."""
-    E, F, V, D = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    E, V, D = (config[key] for key in ("hidden_size", "vocab_size", "head_dim"))
     H, K = config["num_attention_heads"], config["num_key_value_heads"]
     shapes = {"model.embed_tokens.weight": (V, E), "model.norm.weight": (E,)}
     if not config["tie_word_embeddings"]:
@@ -75,10 +90,14 @@ def make_tensors(config: dict, biases=False, qk_norms=False, dtype=torch.float32
             "self_attn.k_proj.weight": (K * D, E),
             "self_attn.v_proj.weight": (K * D, E),
             "self_attn.o_proj.weight": (E, H * D),
-            "mlp.gate_proj.weight": (F, E),
-            "mlp.up_proj.weight": (F, E),
-            "mlp.down_proj.weight": (E, F),
         }
+        F, mlps = config["intermediate_size"], ["mlp"]
+        if sparse(config, i):
+            layer |= {"mlp.gate.weight": (config["num_experts"], E)}
+            F, mlps = config["moe_intermediate_size"], [f"mlp.experts.{n}" for n in range(config["num_experts"])]
+        for mlp in mlps:
+            layer |= {f"{mlp}.{part}_proj.weight": (F, E) for part in ("gate", "up")}
+            layer |= {f"{mlp}.down_proj.weight": (E, F)}
         if biases:
             layer |= {"self_attn.q_proj.bias": (H * D,)}
             layer |= {f"self_attn.{p}_proj.bias": (K * D,) for p in "kv"}
@@ -150,9 +169,7 @@ def refusal(call, *args, **kwargs) -> str:
 
 def assert_holds(weights, saved: dict[str, torch.Tensor], config: dict, dtype=None) -> None:
     """Every saved number stands where forward() will look for it."""
-    H, K, D, F = (
-        config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    )
+    H, K, D = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     left = {name: tensor.to(dtype or tensor.dtype) for name, tensor in saved.items()}
 
     def same(tensor, name):
@@ -173,9 +190,15 @@ def assert_holds(weights, saved: dict[str, torch.Tensor], config: dict, dtype=No
         same(layer.qkv[H * D : (H + K) * D], at + "self_attn.k_proj.weight")
         same(layer.qkv[(H + K) * D :], at + "self_attn.v_proj.weight")
         same(layer.out, at + "self_attn.o_proj.weight")
-        same(layer.gate_up[:F], at + "mlp.gate_proj.weight")
-        same(layer.gate_up[F:], at + "mlp.up_proj.weight")
-        same(layer.down, at + "mlp.down_proj.weight")
+        mlps, F = {"mlp": (layer.gate_up, layer.down)}, config["intermediate_size"]
+        if sparse(config, i):
+            same(layer.router, at + "mlp.gate.weight")
+            pairs, F = zip(layer.gate_up, layer.down, strict=True), config["moe_intermediate_size"]
+            mlps = {f"mlp.experts.{n}": pair for n, pair in enumerate(pairs)}
+        for mlp, (gate_up, down) in mlps.items():
+            same(gate_up[:F], f"{at}{mlp}.gate_proj.weight")
+            same(gate_up[F:], f"{at}{mlp}.up_proj.weight")
+            same(down, f"{at}{mlp}.down_proj.weight")
         if layer.qkv_bias is not None:
             same(layer.qkv_bias[: H * D], at + "self_attn.q_proj.bias")
             same(layer.qkv_bias[H * D : (H + K) * D], at + "self_attn.k_proj.bias")
@@ -240,7 +263,7 @@ def test_the_index_decides_which_files_count(tmp_path: Path):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_architecture_is_loaded_to_its_place(data):
-    """Grouped, multi- and single-query heads, any head size, biases and norms, tied or not, any number of shards."""
+    """Any heads and head size, biases and norms, dense and sparse layers, tied or not, any number of shards."""
     number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     K = number(1, 3)
     config = TINY | {
@@ -253,6 +276,15 @@ def test_any_architecture_is_loaded_to_its_place(data):
         "head_dim": 2 * number(1, 3),
         "tie_word_embeddings": data.draw(st.booleans()),
     }
+    if data.draw(st.booleans()):
+        config |= {
+            "model_type": "qwen3_moe",
+            "num_experts": (X := number(1, 4)),
+            "num_experts_per_tok": number(1, X),
+            "moe_intermediate_size": number(1, 4),
+            "decoder_sparse_step": number(1, 3),
+            "mlp_only_layers": data.draw(st.lists(st.integers(0, 2))),
+        }
     biases, qk_norms = data.draw(st.booleans()), data.draw(st.booleans())
     saved = make_tensors(config, biases, qk_norms)
     with tempfile.TemporaryDirectory() as name:
@@ -265,15 +297,29 @@ def test_any_architecture_is_loaded_to_its_place(data):
 
 
 @pytest.mark.parametrize(
-    ("kind", "biases", "qk_norms"), [("qwen2", True, False), ("qwen3", False, True), ("llama", False, False)]
+    ("kind", "biases", "qk_norms"),
+    [
+        ("llama", False, False),
+        ("mistral", False, False),
+        ("qwen2", True, False),
+        ("qwen3", False, True),
+        ("qwen3_moe", False, True),
+    ],
 )
 def test_each_family_from_a_folder(tmp_path: Path, kind: str, biases: bool, qk_norms: bool):
-    config = TINY | {"model_type": kind}
+    config = MOE | {"model_type": kind, "sliding_window": None}  # what a kind does not know, it ignores
     saved = make_tensors(config, biases, qk_norms)
     weights = load(make_folder(tmp_path, config, saved), device="cpu").weights
     assert_holds(weights, saved, config)
     assert all((layer.qkv_bias is not None) == biases for layer in weights.layers)
     assert all((layer.q_norm is not None) == qk_norms for layer in weights.layers)
+
+
+def test_experts_lie_in_the_order_of_their_numbers(tmp_path: Path):
+    """Of their names 10 and 11 would come before 2."""
+    config = MOE | {"num_experts": 12}
+    saved = make_tensors(config)
+    assert_holds(load(make_folder(tmp_path, config, saved, shards=2), device="cpu").weights, saved, config)
 
 
 # ---- tied embeddings, and what is in checkpoints but is no parameter
@@ -397,6 +443,39 @@ FULL = make_tensors(TINY, biases=True, qk_norms=True)
 @pytest.mark.parametrize("name", [name for name in FULL if "layers.0." not in name])
 def test_a_missing_tensor_is_named(tmp_path: Path, name: str):
     assert weights_refused(tmp_path, without(FULL, name)).endswith(f"lacks {name}")
+
+
+SPARSE = make_tensors(MOE, qk_norms=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if ".mlp." in name])
+def test_a_missing_tensor_of_a_sparse_model_is_named(tmp_path: Path, name: str):
+    assert weights_refused(tmp_path, without(SPARSE, name), MOE).endswith(f"lacks {name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({"num_experts": 4}, "model.layers.1.mlp.experts.3.down_proj.weight"),
+        ({"mlp_only_layers": []}, "model.layers.0.mlp.experts.0.down_proj.weight"),
+        ({"mlp_only_layers": [0, 1]}, "model.layers.1.mlp.down_proj.weight"),
+        ({"decoder_sparse_step": 3}, "model.layers.1.mlp.down_proj.weight"),
+        ({"model_type": "qwen3"}, "model.layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_a_sparse_model_that_is_not_the_one_in_config_json(tmp_path: Path, change: dict, lacks: str):
+    assert f"lacks {lacks}" in weights_refused(tmp_path, SPARSE, MOE | change)
+
+
+def test_an_expert_too_many_or_misshapen_is_named(tmp_path: Path):
+    message = weights_refused(tmp_path / "many", SPARSE, MOE | {"num_experts": 2})
+    assert "not know: model.layers.1.mlp.experts.2.down_proj.weight" in message
+    message = weights_refused(tmp_path / "wide", SPARSE, MOE | {"moe_intermediate_size": 8})
+    assert "mlp.experts." in message
+    assert "has shape" in message
+    name = "model.layers.1.mlp.gate.weight"
+    message = weights_refused(tmp_path / "router", SPARSE | {name: SPARSE[name][:2].clone()}, MOE)
+    assert f"{name} has shape [2, 12], not [3, 12]" in message
 
 
 @pytest.mark.parametrize(
@@ -602,19 +681,27 @@ def test_numbers_that_config_json_may_leave_out():
     assert config.max_position_embeddings == 2048
     assert parse_config(silent | {"model_type": "qwen2"}).max_position_embeddings == 32768
     assert parse_config(silent | {"model_type": "qwen3"}).max_position_embeddings == 32768
+    mistral = parse_config(silent | {"model_type": "mistral", "sliding_window": None})
+    assert mistral.max_position_embeddings == 131072
     assert parse_config(TINY | {"num_key_value_heads": None}).num_key_value_heads == 4
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
 def test_numbers_left_out_are_those_of_transformers(kind: str):
     """Its own classes are what a hub author relied on when leaving something out."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoConfig
 
-    their_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
     given = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    given |= {"num_attention_heads": 6, "num_key_value_heads": 3}
-    theirs, ours = their_class(**given), parse_config(given | {"model_type": kind})
-    for name in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+    given |= {"num_attention_heads": 6, "num_key_value_heads": 3} | (
+        {"sliding_window": None} if kind == "mistral" else {}
+    )
+    theirs, ours = AutoConfig.for_model(kind, **given), parse_config(given | {"model_type": kind})
+    names = ["rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"]
+    if kind == "qwen3_moe":
+        names += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
+        assert (theirs.decoder_sparse_step, theirs.mlp_only_layers) == (1, [])
+        assert ours.sparse_layers == (0, 1)
+    for name in names:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
@@ -633,8 +720,24 @@ def test_head_dim(silence: dict):
 
 YARN = {"type": "yarn", "factor": 4.0}
 REFUSED = {
-    "model type": ({"model_type": "mistral"}, ["model_type", "'mistral'", "llama", "qwen2", "qwen3"]),
-    "mixture of experts": ({"model_type": "qwen3_moe"}, ["'qwen3_moe'"]),
+    "model type": (
+        {"model_type": "gemma"},
+        ["model_type", "'gemma'", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"],
+    ),
+    "another mixture of experts": ({"model_type": "qwen2_moe"}, ["'qwen2_moe'"]),
+    "more experts chosen than there are": (
+        MOE | {"num_experts_per_tok": 4},
+        ["num_experts_per_tok 4", "num_experts 3"],
+    ),
+    "no expert chosen": (MOE | {"num_experts_per_tok": 0}, ["num_experts_per_tok 0"]),
+    "no experts": (MOE | {"num_experts": 0}, ["num_experts 0"]),
+    "every 0th layer sparse": (MOE | {"decoder_sparse_step": 0}, ["decoder_sparse_step 0"]),
+    "every -1st layer sparse": (MOE | {"decoder_sparse_step": -1}, ["decoder_sparse_step -1"]),
+    "experts without a number": (MOE | {"num_experts": "all"}, ["config.json"]),
+    "dense layers without a list": (MOE | {"mlp_only_layers": 1}, ["config.json"]),
+    "Mistral 7B v0.1": ({"model_type": "mistral", "sliding_window": 4096}, ["sliding-window"]),
+    "Mistral's silence": ({"model_type": "mistral"}, ["sliding-window"]),  # means 4096
+    "Qwen's silence": ({"model_type": "qwen2", "use_sliding_window": True}, ["sliding-window"]),  # the same
     "no model type": ({"model_type": None}, ["model_type"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
     "activation, close": ({"hidden_act": "gelu_pytorch_tanh"}, ["hidden_act", "'gelu_pytorch_tanh'"]),
@@ -708,6 +811,8 @@ def test_a_missing_number_is_named(key: str):
         {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
         {"layer_types": ["full_attention", "full_attention"], "sliding_window": 4096},
         {"layer_types": None},
+        {"model_type": "mistral", "sliding_window": None},  # v0.2 and later
+        without(MOE, "model_type"),  # not llama's
         {"mlp_bias": False, "attention_bias": False, "pretraining_tp": 1, "rope_interleaved": False},
         {"partial_rotary_factor": 1.0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 1.0}},
@@ -718,6 +823,25 @@ def test_a_missing_number_is_named(key: str):
 )
 def test_what_is_not_in_use_is_not_refused(harmless: dict):
     assert parse_config(TINY | harmless) == parse_config(TINY)
+
+
+def experts_of(**change) -> tuple:
+    config = parse_config(MOE | {"num_hidden_layers": 7, "mlp_only_layers": []} | change)
+    return config.num_experts, config.num_experts_per_tok, config.sparse_layers
+
+
+def test_experts():
+    config = parse_config(MOE)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (3, 2, 7)
+    assert config.norm_topk_prob is True
+    assert experts_of() == (3, 2, (0, 1, 2, 3, 4, 5, 6))
+    assert experts_of(decoder_sparse_step=3) == (3, 2, (2, 5))
+    assert experts_of(mlp_only_layers=[5, 0, 99]) == (3, 2, (1, 2, 3, 4, 6))
+    assert experts_of(decoder_sparse_step=2, mlp_only_layers=[3]) == (3, 2, (1, 5))
+    assert experts_of(decoder_sparse_step=None, mlp_only_layers=None) == (3, 2, (0, 1, 2, 3, 4, 5, 6))
+    assert parse_config(TINY).sparse_layers == ()
+    newer = without(MOE, "num_experts") | {"num_local_experts": 5}  # as transformers 5 writes it
+    assert parse_config(newer).num_experts == 5
 
 
 def test_a_silent_activation_is_silu():

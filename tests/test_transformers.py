@@ -16,7 +16,16 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from minihogwild import Cache, Model, forward, load
 from minihogwild.rope import attention_factor, inverse_frequencies
@@ -38,6 +47,7 @@ SIZES = {
 MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}  # heads of 12
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # more than 48 / 4
 MQA = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 
 
 def yarn(**keys):
@@ -81,6 +91,21 @@ CASES = {
         **GQA,
         tie_word_embeddings=True,
         rope_parameters=yarn(rope_theta=1e6, factor=2.0, original_max_position_embeddings=1024),
+    ),
+    "mistral": MistralConfig(**SIZES, **MHA, sliding_window=None),
+    "mistral theta": MistralConfig(
+        **SIZES, **GQA, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **GQA, **MOE),
+    "qwen3_moe normalised": Qwen3MoeConfig(**SIZES, **GQA, **MOE, norm_topk_prob=True),
+    "qwen3_moe first layer dense": Qwen3MoeConfig(**SIZES, **MQA, **MOE, norm_topk_prob=True, mlp_only_layers=[0]),
+    "qwen3_moe every second layer, tied yarn": Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 3},
+        **GQA,
+        **MOE | {"num_experts_per_tok": 1},
+        decoder_sparse_step=2,
+        tie_word_embeddings=True,
+        rope_parameters=yarn(),
     ),
 }
 
@@ -129,7 +154,7 @@ def random_model(config, seed: int) -> PreTrainedModel:
             drawn = (1.3 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1) + 0.3 * drawn
         elif "embed" not in name:
             gain = 1.3 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1
-            drawn *= gain * parameter.shape[1] ** -0.5
+            drawn *= gain * parameter.shape[-1] ** -0.5
         parameter.copy_(drawn)
     return model
 
@@ -232,6 +257,8 @@ def test_older_form_of_config_json_is_read_alike(pair, tmp_path, type_key):
     settings |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": settings.pop("dtype")}
     if rope.get("original_max_position_embeddings") == settings["max_position_embeddings"]:
         del rope["original_max_position_embeddings"]  # its default
+    if "num_local_experts" in settings:
+        settings["num_experts"] = settings.pop("num_local_experts")
     if settings["model_type"] == "llama" and settings["head_dim"] == 48 // settings["num_attention_heads"]:
         del settings["head_dim"]  # its default
     settings["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minihogwild import Cache, Config, Weights, forward
-from minihogwild.config import Rope
+from minihogwild.config import Layer, Rope
 from minihogwild.load import empty_weights
 from minihogwild.oracle import Oracle
 
@@ -36,7 +36,9 @@ ROPES = {
 }
 
 
-def config(rope: str = "default", heads: int = 4, kv_heads: int = 2, head_dim: int = 8, layers: int = 2) -> Config:
+def config(
+    rope: str = "default", heads: int = 4, kv_heads: int = 2, head_dim: int = 8, layers: int = 2, **experts
+) -> Config:
     return Config(
         vocab_size=V,
         hidden_size=20,
@@ -49,18 +51,30 @@ def config(rope: str = "default", heads: int = 4, kv_heads: int = 2, head_dim: i
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         rope=ROPES[rope],
+        **experts,
     )
 
 
 @st.composite
 def configs(draw) -> Config:
-    kv_heads = draw(st.integers(1, 3))
+    kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    experts = {}
+    if draw(st.booleans()):
+        count = draw(st.integers(1, 5))
+        experts = {
+            "sparse_layers": tuple(draw(st.sets(st.integers(0, layers - 1), min_size=1))),  # dense ones among them
+            "num_experts": count,
+            "num_experts_per_tok": draw(st.integers(1, count)),
+            "moe_intermediate_size": draw(st.sampled_from([1, 9, 28])),
+            "norm_topk_prob": draw(st.booleans()),
+        }
     shape = config(
         rope=draw(st.sampled_from(sorted(ROPES))),
         heads=kv_heads * draw(st.sampled_from([1, 2, 3, 5])),  # odd head counts among them
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 6, 8, 16])),
-        layers=draw(st.integers(1, 3)),
+        layers=layers,
+        **experts,
     )
     return Config(**{**vars(shape), "tie_word_embeddings": draw(st.booleans())})
 
@@ -80,6 +94,22 @@ def random_weights(
             drawn *= gain / tensor.shape[1] ** 0.5
         tensor.copy_(drawn)
     return weights
+
+
+class WatchedOracle(Oracle):
+    """Notes the narrowest choice of experts: how far, in the router's scores, the last one taken led the next one.
+
+    Which experts a token takes is the one thing that jumps: where two are nearly even, rounding may decide.
+    """
+
+    narrowest = float("inf")
+
+    def mlp(self, x: Tensor, layer: Layer) -> Tensor:
+        if layer.router is not None:
+            scores, taken = (layer.router @ x).sort(descending=True).values, self.config.num_experts_per_tok
+            leads = scores[taken - 1 : -1] - scores[taken:]  # none, where all are taken
+            self.narrowest = min([self.narrowest, *leads[:1].tolist()])
+        return super().mlp(x, layer)
 
 
 class Engine:
