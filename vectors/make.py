@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
@@ -54,13 +55,13 @@ CONFIGS = {
 # ---- models
 
 
-def make_model(folder: Path, settings: dict, seed: int) -> None:
+def make_model(folder: Path, settings: dict) -> None:
     settings = {**SHAPE, **settings}
     folder.mkdir(parents=True)
     config = parse_config(settings)
     kind = settings["model_type"]
     _, parts = empty_weights(config, torch.float32, "cpu", kind == "qwen2", kind in ("qwen3", "qwen3_moe"))
-    numbers, tensors = torch.Generator().manual_seed(seed), {}
+    numbers, tensors = torch.Generator().manual_seed(crc32(folder.name.encode())), {}
     for name, part in parts.items():
         noise = torch.randn(part.shape, generator=numbers)
         if name.endswith("norm.weight"):
@@ -202,8 +203,8 @@ def main() -> None:
         views = [view for event in script.events if event["do"] == "step" for view in event["views"]]
         blocks = list(dict.fromkeys(block for view in views for block in view))
         (out / "schedules" / f"{name}.json").write_bytes(schedule_json(blocks, script.events))
-    for seed, (name, settings) in enumerate(CONFIGS.items()):
-        make_model(out / "models" / name, settings, seed)
+    for name, settings in CONFIGS.items():
+        make_model(out / "models" / name, settings)
         (out / "logits" / name).mkdir(parents=True)
         for schedule in ["long"] if name == "long" else scripts.keys() - {"long"}:
             paths = [
