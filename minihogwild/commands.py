@@ -14,9 +14,13 @@ import torch
 from .config import InputError, require
 
 
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())[:1000]  # a file's own names, quoted, may be of any length
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
@@ -33,7 +37,7 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return 2
 
 
