@@ -14,30 +14,26 @@ import torch
 from .config import InputError, require
 
 
-def one_line(message: object) -> str:
-    return " ".join(str(message).split())[:1000]  # a file's own names, quoted, may be of any length
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        raise InputError(message)
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
     """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 for Ctrl-C."""
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
-    options = parser.parse_args(argv)
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
     try:
-        return command(options)
+        return command(parser.parse_args(argv))
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
+        line = " ".join(str(error).split())[:1000]  # names that it quotes from a file may be of any length
+        print(f"{parser.prog}: {line}", file=sys.stderr)
         return 2
 
 

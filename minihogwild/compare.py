@@ -5,6 +5,7 @@ The first step in which they depart is named, with what is new in it: what no ea
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -20,36 +21,33 @@ from .replay import read_schedule, tensor_name
 
 def traits(schedule: dict) -> Iterator[tuple[int, set[str]]]:
     """(index of the event, all that a kernel may get wrong in it) of each step."""
-    lengths = dict.fromkeys(schedule["blocks"], 0)
-    moves = lengths.copy()  # how often tokens of a block have been moved, at most
+    lengths, moves = Counter(), Counter()  # of a block; how often tokens of it have been moved, at most
     emptied, just_moved = set(), False
     for index, event in enumerate(schedule["events"]):
         if event["do"] == "move":
             source, target = event["from"], event["to"]
             if lengths[source]:
-                moves[target], moves[source] = max(moves[target], moves[source] + 1), 0
-                lengths[target], lengths[source] = lengths[target] + lengths[source], 0
+                moves[target] = max(moves[target], moves.pop(source, 0) + 1)
+                lengths[target] += lengths.pop(source)
                 emptied, just_moved = emptied | {source}, True
             continue
-        counts = [len(ids) for ids in event["tokens"]]
-        fed = dict(zip([view[-1] for view in event["views"]], counts))
+        fed = Counter({view[-1]: len(ids) for view, ids in zip(event["views"], event["tokens"])})
         continued = {block for block in fed if lengths[block]}
-        for block, count in fed.items():
-            lengths[block] += count
+        lengths += fed
         views = [[block for block in view if lengths[block]] for view in event["views"]]
-        starts = {at for view in views for at in zip(view, accumulate(map(lengths.get, view), initial=0))}
+        starts = {at for view in views for at in zip(view, accumulate([lengths[block] for block in view], initial=0))}
         seen, others = set().union(*views), set().union(*(view[:-1] for view in views))
         sees = {(view[-1], block) for view in views for block in view[:-1] if block in fed}
         longest = max(sum(lengths[block] for block in view) for view in views)
         found = {
-            "a chunk of several tokens": max(counts) > 1,
+            "a chunk of several tokens": max(fed.values()) > 1,
             "a block that is continued": continued,
             "a chunk that continues a block": any(fed[block] > 1 for block in continued),
             "several blocks in one view": others,
             "several workers": len(views) > 1,
-            "workers that feed different numbers of tokens": len({*counts}) > 1,
+            "workers that feed different numbers of tokens": len({*fed.values()}) > 1,
             "tokens of this very step in another's block": others & fed.keys(),
-            "a chunk of this very step in another's block": any(fed.get(block, 1) > 1 for block in others),
+            "a chunk of this very step in another's block": any(fed[block] > 1 for block in others),
             "a block that starts elsewhere in another's view": len(starts) > len(seen),
             "a worker that sees another who does not see it": any((b, a) not in sees for a, b in sees),
             "a move just before": just_moved,
@@ -103,8 +101,7 @@ def command(options: argparse.Namespace) -> int:
             rows.append(apart)
     require(rows, "the files have no step of this schedule")
     _, relative, _, same = torch.cat(rows).T
-    worst, same = relative.max(), same.mean()
-    print(f"\n{len(rows)} steps: relative difference at most {worst:.3e}; the same argmax in {same:.2%} of the rows")
+    print(f"\n{len(rows)} steps: relative difference at most {relative.max():.3e}; same argmax: {same.mean():.2%}")
     if not departure:
         print(f"They agree, to {options.tolerance:g}.")
         return 0

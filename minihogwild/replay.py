@@ -48,8 +48,7 @@ def read_schedule(path: Path, vocab_size: int) -> dict:
     blocks, events = schedule["blocks"], schedule["events"]
     with refusing(path):
         require(schedule["version"] == 1, f"version {schedule['version']!r} is not known, only 1")
-        differ = all_of(str, blocks) and len(set(blocks)) == len(blocks)
-        require(differ, "blocks must be a list of names that differ")
+        require(all_of(str, blocks) and len(set(blocks)) == len(blocks), "blocks must be a list of names that differ")
         require(isinstance(events, list), "events must be a list")
         known = dict.fromkeys(blocks)  # found at once, however many
         for index, event in enumerate(events):
@@ -71,8 +70,9 @@ def check_event(event: object, blocks: Collection[str], vocab_size: int) -> None
         return
     for key, kind in (("views", str), ("tokens", int)):
         lists = event.get(key)
-        right = all_of(list, lists) and all(all_of(kind, row) for row in lists)
-        require(right, f"{key} must be a list of lists of {kind.__name__}")
+        require(
+            all_of(list, lists) and all(all_of(kind, row) for row in lists), f"{key} must be lists of {kind.__name__}"
+        )
     check_step(event["views"], [len(ids) for ids in event["tokens"]], blocks)
     outside = [token for ids in event["tokens"] for token in ids if not 0 <= token < vocab_size]
     require(not outside, f"token {outside[:1]} is outside the vocabulary of {vocab_size}")
