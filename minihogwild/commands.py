@@ -4,10 +4,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -44,14 +42,13 @@ def require_writable(path: Path | None, option: str) -> None:
     require(not path or writable, f"{option} {path}: no file can be written there")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, put beside, then renamed: it is whole, or as it was."""
+def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was."""
     path = Path(os.path.realpath(path))
     beside = path.with_name(path.name + ".part")
     try:
         with beside.open("wb") as file:
-            yield file
+            file.writelines(chunks)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

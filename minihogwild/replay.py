@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache, check_move, check_step
-from .commands import Parser, require_writable, run_command, whole_file
+from .commands import Parser, require_writable, run_command, write_whole
 from .config import refusing, require
 from .load import DTYPES, Model, load
 from .memory import allocating
@@ -70,9 +70,8 @@ def check_event(event: object, blocks: Collection[str], vocab_size: int) -> None
         return
     for key, kind in (("views", str), ("tokens", int)):
         lists = event.get(key)
-        require(
-            all_of(list, lists) and all(all_of(kind, row) for row in lists), f"{key} must be lists of {kind.__name__}"
-        )
+        right = all_of(list, lists) and all(all_of(kind, row) for row in lists)
+        require(right, f"{key} must be a list of lists of {kind.__name__}")
     check_step(event["views"], [len(ids) for ids in event["tokens"]], blocks)
     outside = [token for ids in event["tokens"] for token in ids if not 0 <= token < vocab_size]
     require(not outside, f"token {outside[:1]} is outside the vocabulary of {vocab_size}")
@@ -124,24 +123,27 @@ def command(options: argparse.Namespace) -> int:
     schedule["events"] = events[: chosen.stop]  # all from the first: they make the cache
     steps = [index for index in chosen if events[index]["do"] == "step"]
     shapes = {tensor_name(index): [len(events[index]["views"]), model.config.vocab_size] for index in steps}
-    verified, differs = 0, None
-    with whole_file(options.out) as file:
-        file.write(safetensors_header(shapes))  # so the logits can follow as they come
+    same = {}  # by event: is the recorded digest ours?
+
+    def chunks() -> Iterator[bytes]:
+        yield safetensors_header(shapes)  # so the logits can follow as they come
         for index, logits in replay(schedule, model, options.oracle):
             recorded, ours = events[index].get("digest"), digest(logits)
             alike = isinstance(recorded, str) and recorded.split(":")[0] == ours.split(":")[0]
             if alike and not options.oracle:  # which has bits of its own
-                verified += 1
-                differs = index if differs is None and recorded != ours else differs
+                same[index] = recorded == ours
             if index in chosen:
                 row = logits.cpu().to(torch.float32)
                 require(row.isfinite().all(), f"event {index}: its logits are not finite")
-                file.write(row.numpy())
+                yield row.numpy().data
+
+    write_whole(options.out, chunks())
     print(f"{len(steps)} steps: {options.out}", file=sys.stderr)
-    if verified:
-        alike = "all as recorded, bit for bit" if differs is None else f"event {differs} is the first to differ"
-        print(f"{verified} recorded digests: {alike}", file=sys.stderr)
-    return int(differs is not None)
+    differ = [index for index in same if not same[index]]
+    if same:
+        alike = f"event {differ[0]} is the first to differ" if differ else "all as recorded, bit for bit"
+        print(f"{len(same)} recorded digests: {alike}", file=sys.stderr)
+    return 1 if differ else 0
 
 
 def main(argv: list[str] | None = None) -> int:
