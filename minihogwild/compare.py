@@ -95,7 +95,7 @@ def command(options: argparse.Namespace) -> int:
             apart = difference(a, b)
             for worker, (*numbers, same) in enumerate(apart.tolist()):
                 print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
-            if not departure and not apart[:, 1].max() <= options.tolerance:  # nor if one is not a number
+            if not departure and apart[:, 1].max() > options.tolerance:
                 departure = index, found - agreed or found
             agreed |= found
             rows.append(apart)

@@ -250,7 +250,8 @@ def test_what_is_not_a_number_departs(tmp_path, value, whose):
     code, out, _ = two_steps(tmp_path, ours, theirs, "--tolerance", 1e9)
     assert code == 1
     assert departure(out)[0] == 2
-    assert [line[2] for line in table(out)] == [0, 0, math.inf]
+    assert "depart" in out
+    assert out.splitlines()[3].split()[2:4] == ["inf", "inf"]  # the second worker of event 2
 
 
 def test_identical_files_agree_whatever_they_hold(tmp_path):
@@ -387,7 +388,7 @@ def test_traits_of_long_views():
 
 
 def test_a_trait_that_earlier_steps_had_in_which_both_agreed_is_not_new(tmp_path):
-    events = [step((["p"], [1])), step((["p", "a"], [1])), step((["p", "a"], [1])), step((["p", "a"], [1]))]
+    events = [step((["p"], [1])), step((["p", "a"], [1])), step((["p"], [1])), step((["p", "a"], [1]))]
     blocks = ["p", "a"]
     theirs = logits_of(Oracle, blocks, events)
     theirs["step_0002"] += 1
@@ -397,4 +398,4 @@ def test_a_trait_that_earlier_steps_had_in_which_both_agreed_is_not_new(tmp_path
     theirs["step_0002"] -= 1
     theirs["step_0003"] += 1
     _, out, _ = compare_with(tmp_path, theirs, blocks, events)
-    assert departure(out) == (3, {CONTINUED, SEVERAL})  # nothing is new: all that it has
+    assert departure(out) == (3, {CONTINUED, SEVERAL})  # nothing is new, of all steps before: all that it has

@@ -145,13 +145,13 @@ def test_a_refusal_stays_one_readable_line_where_names_are_long(tmp_path):
 
 
 def test_many_blocks_and_events_are_read_in_time_that_grows_with_their_number(tmp_path):
-    blocks = [str(n) for n in range(20_000)]
-    events = [wrong_step(views=[[block]]) for block in blocks]
+    blocks = [str(n) for n in range(40_000)]
+    events = [wrong_step(views=[blocks[-1:]])] * len(blocks)
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps(schedule(*events, blocks=blocks)))
     began = time.process_time()
     assert len(replay.read_schedule(path, V)["events"]) == len(blocks)
-    assert time.process_time() - began < 3  # 0.1 here; each name looked up in a list: 20 and more
+    assert time.process_time() - began < 5  # 0.4 here; each name looked up in a list: 20
 
 
 def test_no_schedule_no_folder_for_the_logits(tmp_path):
