@@ -15,6 +15,7 @@ Tokens live in a pool of pages; a page belongs to one block. Attention goes over
 rows, whoever they belong to: page by page with the query for that page's block, then one softmax.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -71,7 +72,7 @@ class Cache:
         The blocks' lengths advance at once; `forward` with this plan then writes the keys and values.
         Raises InputError where the views contradict each other; the cache is then as it was.
         """
-        check_step(views, counts, list(self.lengths))
+        check_step(views, counts, self.lengths)
         slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
         columns = {block: b for b, block in enumerate(dict.fromkeys(block for view in views for block in view))}
         starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
@@ -141,7 +142,7 @@ class Cache:
 
         Raises InputError for a block that the cache does not have, or a move onto itself.
         """
-        check_move(source, target, list(self.lengths))
+        check_move(source, target, self.lengths)
         count, at = self.lengths[source], self.lengths[target]
         old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
         turn = rotation(torch.tensor(at), self.frequencies, self.compute_dtype).to(self.device)
@@ -180,7 +181,7 @@ class Cache:
         self.free += range(old, old + new)  # higher than all of them
 
 
-def check_step(views: list[list[str]], counts: list[int], blocks: list[str]) -> None:
+def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str]) -> None:
     """Raise InputError where a step of such views and numbers of tokens contradicts itself."""
     paired = len(views) == len(counts) > 0 and all(views)
     require(paired, "a step needs at least one view, none of them empty, and a token list for each")
@@ -192,11 +193,11 @@ def check_step(views: list[list[str]], counts: list[int], blocks: list[str]) -> 
     require(min(counts) >= 1, f"each worker of a step feeds at least one token, not {min(counts)}")
 
 
-def check_move(source: str, target: str, blocks: list[str]) -> None:
+def check_move(source: str, target: str, blocks: Collection[str]) -> None:
     check_known([source, target], blocks)
     require(source != target, f"block {source!r} cannot be moved onto itself")
 
 
-def check_known(names: list[str], blocks: list[str]) -> None:
+def check_known(names: list[str], blocks: Collection[str]) -> None:
     unknown = [name for name in names if name not in blocks]
-    require(not unknown, f"unknown block {', '.join(map(repr, unknown))}: there are {blocks}")
+    require(not unknown, f"unknown block {', '.join(map(repr, unknown))}")

@@ -4,10 +4,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -16,24 +14,24 @@ from .config import InputError, require
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        raise InputError(message)
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
     """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 for Ctrl-C."""
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
-    options = parser.parse_args(argv)
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
     try:
-        return command(options)
+        return command(parser.parse_args(argv))
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())[:1000]  # names that it quotes from a file may be of any length
+        print(f"{parser.prog}: {line}", file=sys.stderr)
         return 2
 
 
@@ -44,14 +42,13 @@ def require_writable(path: Path | None, option: str) -> None:
     require(not path or writable, f"{option} {path}: no file can be written there")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, put beside, then renamed: it is whole, or as it was."""
+def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was."""
     path = Path(os.path.realpath(path))
     beside = path.with_name(path.name + ".part")
     try:
         with beside.open("wb") as file:
-            yield file
+            file.writelines(chunks)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ The first step in which they depart is named, with what is new in it: what no ea
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from itertools import accumulate, permutations
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,43 +21,35 @@ from .replay import read_schedule, tensor_name
 
 def traits(schedule: dict) -> Iterator[tuple[int, set[str]]]:
     """(index of the event, all that a kernel may get wrong in it) of each step."""
-    lengths = dict.fromkeys(schedule["blocks"], 0)
-    moves = lengths.copy()  # how often tokens of a block have been moved, at most
+    lengths, moves = Counter(), Counter()  # of a block; how often tokens of it have been moved, at most
     emptied, just_moved = set(), False
     for index, event in enumerate(schedule["events"]):
         if event["do"] == "move":
             source, target = event["from"], event["to"]
             if lengths[source]:
-                moves[target], moves[source] = max(moves[target], moves[source] + 1), 0
-                lengths[target], lengths[source] = lengths[target] + lengths[source], 0
-                emptied.add(source)
-                just_moved = True
+                moves[target] = max(moves[target], moves.pop(source, 0) + 1)
+                lengths[target] += lengths.pop(source)
+                emptied, just_moved = emptied | {source}, True
             continue
-        counts = [len(ids) for ids in event["tokens"]]
-        fed = dict(zip([view[-1] for view in event["views"]], counts))
+        fed = Counter({view[-1]: len(ids) for view, ids in zip(event["views"], event["tokens"])})
         continued = {block for block in fed if lengths[block]}
-        for block, count in fed.items():
-            lengths[block] += count
+        lengths += fed
         views = [[block for block in view if lengths[block]] for view in event["views"]]
-        starts = [dict(zip(view, accumulate((lengths[block] for block in view), initial=0))) for view in views]
+        starts = {at for view in views for at in zip(view, accumulate([lengths[block] for block in view], initial=0))}
         seen, others = set().union(*views), set().union(*(view[:-1] for view in views))
-        pairs = list(permutations(zip(views, starts), 2))
+        sees = {(view[-1], block) for view in views for block in view[:-1] if block in fed}
         longest = max(sum(lengths[block] for block in view) for view in views)
         found = {
-            "a chunk of several tokens": max(counts) > 1,
+            "a chunk of several tokens": max(fed.values()) > 1,
             "a block that is continued": continued,
             "a chunk that continues a block": any(fed[block] > 1 for block in continued),
             "several blocks in one view": others,
             "several workers": len(views) > 1,
-            "workers that feed different numbers of tokens": len({*counts}) > 1,
+            "workers that feed different numbers of tokens": len({*fed.values()}) > 1,
             "tokens of this very step in another's block": others & fed.keys(),
-            "a chunk of this very step in another's block": any(fed.get(block, 1) > 1 for block in others),
-            "a block that starts elsewhere in another's view": any(
-                a[block] != b[block] for (_, a), (_, b) in pairs for block in a.keys() & b.keys()
-            ),
-            "a worker that sees another who does not see it": any(
-                b[-1] in a and a[-1] not in b for (a, _), (b, _) in pairs
-            ),
+            "a chunk of this very step in another's block": any(fed[block] > 1 for block in others),
+            "a block that starts elsewhere in another's view": len(starts) > len(seen),
+            "a worker that sees another who does not see it": any((b, a) not in sees for a, b in sees),
             "a move just before": just_moved,
             "tokens that were moved": any(moves[block] for block in seen),
             "tokens that were moved twice": any(moves[block] > 1 for block in seen),
@@ -72,45 +65,49 @@ def difference(ours: Tensor, theirs: Tensor) -> Tensor:
     KL(ours, theirs) in nats, and 1 where both have the same argmax. What is not a number is infinitely far away.
     """
     ours, theirs = ours.double(), theirs.double()
-    largest = (ours - theirs).abs().amax(-1).nan_to_num(torch.inf)
+    largest = (ours - theirs).abs().amax(-1)
     p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
     same = ours.argmax(-1) == theirs.argmax(-1)
-    return torch.stack((largest, largest / ours.abs().amax(-1), (p.exp() * (p - q)).sum(-1), same), -1)
+    relative = largest / ours.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return torch.stack((largest, relative, kl, same), -1).nan_to_num(torch.inf, torch.inf)
+
+
+def opened(path: Path) -> safe_open:
+    with refusing(path):
+        return safe_open(path, "pt")
 
 
 def command(options: argparse.Namespace) -> int:
+    require(options.tolerance >= 0, f"--tolerance {options.tolerance} is not 0 or more")
     schedule = read_schedule(options.schedule, sys.maxsize)
     agreed, departure, rows = set(), None, []
     print("event  worker         max    relative          KL  same argmax")
-    with (
-        refusing("the logits cannot be compared"),
-        safe_open(options.ours, "pt") as ours,
-        safe_open(options.theirs, "pt") as theirs,
-    ):
-        names = set(ours.keys())
+    ours, theirs = opened(options.ours), opened(options.theirs)
+    names = set(ours.keys())
+    with refusing(f"{options.theirs} cannot be compared"):
         for index, found in traits(schedule):
             if (name := tensor_name(index)) not in names:
                 continue
             a, b = ours.get_tensor(name), theirs.get_tensor(name)
-            require(a.shape == b.shape, f"{name} is {list(a.shape)} in ours, {list(b.shape)} in theirs")
+            right = a.shape == b.shape == (len(schedule["events"][index]["views"]), *a.shape[1:2])
+            require(right, f"{name} must be [workers, V]: ours is {list(a.shape)}, theirs {list(b.shape)}")
             apart = difference(a, b)
-            for worker, (largest, relative, kl, same) in enumerate(apart.tolist()):
-                print(
-                    f"{index:5}  {worker:6}  {largest:10.3e}  {relative:10.3e}  {kl:10.3e}  {'yes' if same else 'NO'}"
-                )
+            for worker, (*numbers, same) in enumerate(apart.tolist()):
+                print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
             if not departure and apart[:, 1].max() > options.tolerance:
                 departure = index, found - agreed or found
             agreed |= found
             rows.append(apart)
     require(rows, "the files have no step of this schedule")
-    _, worst, _, _ = torch.cat(rows).amax(0)
-    same = torch.cat(rows)[:, 3].mean()
-    print(f"\n{len(rows)} steps: relative difference at most {worst:.3e}; the same argmax in {same:.2%} of the rows")
+    _, relative, _, same = torch.cat(rows).T
+    print(f"\n{len(rows)} steps: relative difference at most {relative.max():.3e}; same argmax: {same.mean():.2%}")
     if not departure:
         print(f"They agree, to {options.tolerance:g}.")
         return 0
     print(f"They depart at event {departure[0]}. New there, or else what it has:")
-    print("\n".join(f"- {trait}" for trait in sorted(departure[1])))
+    for trait in sorted(departure[1]):
+        print(f"- {trait}")
     return 1
 
 

@@ -14,7 +14,7 @@ from statistics import mode
 import torch
 
 from .cache import Cache
-from .commands import Parser, require_writable, run_command, whole_file
+from .commands import Parser, require_writable, run_command, write_whole
 from .config import require
 from .layouts import COMMON, FINISHER, LAYOUTS
 from .load import DTYPES, Model, load
@@ -358,11 +358,9 @@ def command(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     if options.json:
-        with whole_file(options.json) as file:
-            file.write(json.dumps(result, ensure_ascii=False, indent=2).encode() + b"\n")
+        write_whole(options.json, [json.dumps(result, ensure_ascii=False, indent=2).encode(), b"\n"])
     if options.record:
-        with whole_file(options.record) as file:
-            file.write(schedule_json([*run.cache.lengths], recorded))
+        write_whole(options.record, [schedule_json([*run.cache.lengths], recorded)])
     return 130 if run.stopped_by == "interrupt" else 0
 
 

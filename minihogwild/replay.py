@@ -14,16 +14,17 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cache import Cache, check_move, check_step
-from .commands import Parser, require_writable, run_command, whole_file
+from .commands import Parser, require_writable, run_command, write_whole
 from .config import refusing, require
 from .load import DTYPES, Model, load
+from .memory import allocating
 from .model import step
 from .oracle import Oracle
 from .text import read_json
@@ -47,24 +48,29 @@ def read_schedule(path: Path, vocab_size: int) -> dict:
     blocks, events = schedule["blocks"], schedule["events"]
     with refusing(path):
         require(schedule["version"] == 1, f"version {schedule['version']!r} is not known, only 1")
-        names = isinstance(blocks, list) and all(isinstance(name, str) for name in blocks)
-        require(names and len(set(blocks)) == len(blocks), "blocks must be a list of names that differ")
+        require(all_of(str, blocks) and len(set(blocks)) == len(blocks), "blocks must be a list of names that differ")
         require(isinstance(events, list), "events must be a list")
+        known = dict.fromkeys(blocks)  # found at once, however many
         for index, event in enumerate(events):
             with refusing(f"event {index}"):
-                check_event(event, blocks, vocab_size)
+                check_event(event, known, vocab_size)
     return schedule
 
 
-def check_event(event: object, blocks: list[str], vocab_size: int) -> None:
+def all_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def check_event(event: object, blocks: Collection[str], vocab_size: int) -> None:
     require(isinstance(event, dict) and event.get("do") in ("step", "move"), "'do' must be step or move")
     if event["do"] == "move":
-        check_move(event.get("from"), event.get("to"), blocks)
+        ends = [event.get("from"), event.get("to")]
+        require(all_of(str, ends), "'from' and 'to' must be names of blocks")
+        check_move(*ends, blocks)
         return
     for key, kind in (("views", str), ("tokens", int)):
         lists = event.get(key)
-        right = isinstance(lists, list) and all(isinstance(row, list) for row in lists)
-        right = right and all(type(item) is kind for row in lists for item in row)
+        right = all_of(list, lists) and all(all_of(kind, row) for row in lists)
         require(right, f"{key} must be a list of lists of {kind.__name__}")
     check_step(event["views"], [len(ids) for ids in event["tokens"]], blocks)
     outside = [token for ids in event["tokens"] for token in ids if not 0 <= token < vocab_size]
@@ -73,14 +79,24 @@ def check_event(event: object, blocks: list[str], vocab_size: int) -> None:
 
 def replay(schedule: dict, model: Model, oracle: bool = False) -> Iterator[tuple[int, Tensor]]:
     """(index of the event, logits [W, V]) of each step: by the engine, or in float64 by the oracle."""
-    config, weights, blocks = model.config, model.weights, schedule["blocks"]
+    config, weights, blocks, total = model.config, model.weights, schedule["blocks"], 0
     cache = Oracle(config, weights, blocks) if oracle else Cache(config, blocks, model.dtype, model.device)
     for index, event in enumerate(schedule["events"]):
         if event["do"] == "move":
             cache.move(event["from"], event["to"])
-        else:
-            given = event["views"], event["tokens"]
-            yield index, cache.step(*given) if oracle else step(*given, weights, config, cache)
+            continue
+        views, tokens = event["views"], event["tokens"]
+        total += sum(map(len, tokens))  # of all blocks
+        nbytes = 16 * config.num_attention_heads * max(map(len, tokens)) * total  # scores and their softmax
+        with allocating(nbytes, f"event {index}", model.device):
+            logits = cache.step(views, tokens) if oracle else step(views, tokens, weights, config, cache)
+        yield index, logits
+
+
+def part(text: str) -> slice:
+    """A:B, as Python slices; each may be missing."""
+    start, stop = (int(end) if end else None for end in text.split(":"))
+    return slice(start, stop)
 
 
 def tensor_name(index: int) -> str:
@@ -89,11 +105,10 @@ def tensor_name(index: int) -> str:
 
 def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
     """What a safetensors file of float32 tensors begins with: the header's length, and where each tensor lies."""
-    tensors, start = {}, 0
+    tensors, end = {}, 0
     for name, (rows, columns) in shapes.items():
-        end = start + 4 * rows * columns
+        start, end = end, end + 4 * rows * columns
         tensors[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [start, end]}
-        start = end
     text = json.dumps(tensors).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -101,30 +116,34 @@ def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
 
 def command(options: argparse.Namespace) -> int:
     require_writable(options.out, "--out")
-    model = load(options.model, options.dtype, options.device)
+    model = load(options.model, options.dtype, "cpu" if options.oracle else options.device)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
     events = schedule["events"]
-    with refusing(f"--events {options.events} is not A:B, two whole numbers"):
-        chosen = range(len(events))[slice(*(int(end) if end else None for end in options.events.split(":")))]
+    chosen = range(len(events))[options.events]
     schedule["events"] = events[: chosen.stop]  # all from the first: they make the cache
-    written = [index for index in chosen if events[index]["do"] == "step"]
-    shapes = {tensor_name(index): [len(events[index]["views"]), model.config.vocab_size] for index in written}
-    verified, differs = 0, None
-    with whole_file(options.out) as file:
-        file.write(safetensors_header(shapes))  # so the logits can follow as they come
+    steps = [index for index in chosen if events[index]["do"] == "step"]
+    shapes = {tensor_name(index): [len(events[index]["views"]), model.config.vocab_size] for index in steps}
+    same = {}  # by event: is the recorded digest ours?
+
+    def chunks() -> Iterator[bytes]:
+        yield safetensors_header(shapes)  # so the logits can follow as they come
         for index, logits in replay(schedule, model, options.oracle):
-            recorded, ours = str(events[index].get("digest")), digest(logits)
-            if recorded.partition(":")[0] == ours.partition(":")[0]:
-                verified += 1
-                differs = index if differs is None and recorded != ours else differs
+            recorded, ours = events[index].get("digest"), digest(logits)
+            alike = isinstance(recorded, str) and recorded.split(":")[0] == ours.split(":")[0]
+            if alike and not options.oracle:  # which has bits of its own
+                same[index] = recorded == ours
             if index in chosen:
-                require(logits.isfinite().all(), f"event {index}: logits are not finite, in {str(logits.dtype)[6:]}")
-                file.write(logits.cpu().to(torch.float32).numpy())
-    print(f"{len(written)} steps: {options.out}", file=sys.stderr)
-    if verified:
-        alike = "all as recorded, bit for bit" if differs is None else f"event {differs} is the first to differ"
-        print(f"{verified} recorded digests: {alike}", file=sys.stderr)
-    return int(differs is not None)
+                row = logits.cpu().to(torch.float32)
+                require(row.isfinite().all(), f"event {index}: its logits are not finite")
+                yield row.numpy().data
+
+    write_whole(options.out, chunks())
+    print(f"{len(steps)} steps: {options.out}", file=sys.stderr)
+    differ = [index for index in same if not same[index]]
+    if same:
+        alike = f"event {differ[0]} is the first to differ" if differ else "all as recorded, bit for bit"
+        print(f"{len(same)} recorded digests: {alike}", file=sys.stderr)
+    return 1 if differ else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +154,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", required=True, help="a model folder, or a hub repository's name")
     add("--out", type=Path, required=True, metavar="FILE", help="a safetensors file: one tensor for each step event")
     add("--oracle", action="store_true", help="by the slow, obvious way, in float64, not by the engine")
-    add("--events", default=":", metavar="A:B", help="write the logits of these events alone")
+    add(
+        "--events",
+        type=part,
+        default=":",
+        metavar="A:B",
+        help="write the logits of these alone (a slice, as in Python)",
+    )
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     return run_command(command, parser, argv)
