@@ -35,11 +35,11 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
         return 2
 
 
-def require_writable(path: Path | None, option: str) -> None:
+def require_writable(path: Path, option: str) -> None:
     """Raise InputError where no file can be written: before the work, not after it."""
-    out = Path(os.path.realpath(path or "file"))
+    out = Path(os.path.realpath(path))
     writable = os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out))
-    require(not path or writable, f"{option} {path}: no file can be written there")
+    require(writable, f"{option} {path}: no file can be written there")
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:

@@ -54,7 +54,7 @@ def traits(schedule: dict) -> Iterator[tuple[int, set[str]]]:
             "tokens that were moved": any(moves[block] for block in seen),
             "tokens that were moved twice": any(moves[block] > 1 for block in seen),
             "a block that was emptied and is written anew": emptied & fed.keys(),
-            **{f"a position past {2**n:,}": longest > 2**n for n in range(10, 18)},
+            **{f"a position past {2**n:,}": longest > 2**n + 1 for n in range(10, 18)},
         }
         yield index, {trait for trait, holds in found.items() if holds}
         just_moved = False
@@ -85,20 +85,20 @@ def command(options: argparse.Namespace) -> int:
     print("event  worker         max    relative          KL  same argmax")
     ours, theirs = opened(options.ours), opened(options.theirs)
     names = set(ours.keys())
-    with refusing(f"{options.theirs} cannot be compared"):
-        for index, found in traits(schedule):
-            if (name := tensor_name(index)) not in names:
-                continue
+    for index, found in traits(schedule):
+        if (name := tensor_name(index)) not in names:
+            continue
+        with refusing(f"{options.theirs} cannot be compared"):
             a, b = ours.get_tensor(name), theirs.get_tensor(name)
             right = a.shape == b.shape == (len(schedule["events"][index]["views"]), *a.shape[1:2])
             require(right, f"{name} must be [workers, V]: ours is {list(a.shape)}, theirs {list(b.shape)}")
-            apart = difference(a, b)
-            for worker, (*numbers, same) in enumerate(apart.tolist()):
-                print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
-            if not departure and apart[:, 1].max() > options.tolerance:
-                departure = index, found - agreed or found
-            agreed |= found
-            rows.append(apart)
+        apart = difference(a, b)
+        for worker, (*numbers, same) in enumerate(apart.tolist()):
+            print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
+        if not departure and apart[:, 1].max() > options.tolerance:
+            departure = index, found - agreed or found
+        agreed |= found
+        rows.append(apart)
     require(rows, "the files have no step of this schedule")
     _, relative, _, same = torch.cat(rows).T
     print(f"\n{len(rows)} steps: relative difference at most {relative.max():.3e}; same argmax: {same.mean():.2%}")

@@ -102,7 +102,7 @@ def parse_config(settings: dict) -> Config:
     missing = [key for key in needed if settings.get(key) is None]
     require(not missing, f"no {', '.join(missing)}")
     E, H = settings["hidden_size"], settings["num_attention_heads"]
-    # Where config.json is silent, the defaults of transformers' classes hold
+    # Where config.json is silent, the defaults of transformers' classes hold (num_key_value_heads: Llama's)
     silent = {"num_key_value_heads": H, "head_dim": 128 if kind == "qwen3" else E // H, "rms_norm_eps": 1e-6}
     silent |= {"max_position_embeddings": context[kind], "tie_word_embeddings": False}
     settings = silent | {key: value for key, value in settings.items() if value is not None}

@@ -3,7 +3,7 @@
 A schedule is the list of the steps and moves of a run, as JSON:
 
     {"version": 1, "blocks": [name, ...], "events": [event, ...]}
-    {"do": "step", "views": [[block, ...], ...], "tokens": [[id, ...], ...]}    also "sampled", "digest"
+    {"do": "step", "views": [[block, ...], ...], "tokens": [[id, ...], ...]}    and "sampled", "digest"
     {"do": "move", "from": block, "to": block}
 
 The logits go to a safetensors file: for each step event a tensor `step_0000`, numbered by the event's index, float32,

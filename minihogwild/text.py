@@ -56,7 +56,8 @@ class Tokenizer:
     def chat(self, prompt: str) -> list[int]:
         """Token ids of a conversation that opens with `prompt` and asks for the reply.
 
-        Without a chat template: the text as it is. Raises InputError where the template fails.
+        Without a chat template: the text as it is. Raises InputError where the template fails, or where with this
+        prompt it gives other control tokens than with any.
         """
         if self.template is None:
             return self.encode(prompt, whole=True)
@@ -65,7 +66,7 @@ class Tokenizer:
         ids, harmless = (self.encode(self._render(text), control=True) for text in (broken, "a"))
         control = {*self.control.values()}
         ours, expected = ([i for i in row if i in control] for row in (ids, harmless))
-        require(ours == expected, "the chat template makes control tokens of the prompt")
+        require(ours == expected, "the prompt would bring control tokens of its own into the chat")
         return [i for i in ids if i != self.tokenizer.token_to_id(self.mark)]
 
     def decode(self, ids: list[int]) -> str:

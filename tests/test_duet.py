@@ -45,7 +45,7 @@ from minihogwild.load import empty_weights, parse_config
 from minihogwild.prompts import NAMES, Prompts, load_prompts
 
 TEAM = NAMES.split()
-LESSONS = [("combined", 1), ("combined", 2), ("combined", 4), ("interleaved", 3), ("contiguous", 3), ("independent", 1)]
+CASES = [("combined", 1), ("combined", 2), ("combined", 4), ("interleaved", 3), ("contiguous", 3), ("independent", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ READS = re.compile(rf"([a-z]) = ([a-z]) \+ ([a-z]) = {WAIT}*(\d)\d* \+ {WAIT}*(\
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
-    case=st.sampled_from(LESSONS),
+    case=st.sampled_from(CASES),
     lines=st.integers(1, 13),
     slips=st.sampled_from([0.0, 0.1, 0.4]),
 )
@@ -181,7 +181,7 @@ def test_the_expert_does_everything_once(seed, case, lines, slips):
 
 
 @pytest.mark.parametrize("slips", [0, 0.3])
-@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+@pytest.mark.parametrize(("layout", "workers"), CASES)
 def test_choices_are_known_as_such(encode, layout, workers, slips):
     """Names, whether they are one's own, whether to wait, and the end: these, but for the slips, and no others."""
     sheet, slipped = make_sheet(random.Random(5), 9, 0.5), 0
@@ -225,7 +225,7 @@ def tiny_config():
     return parse_config({**train.SETTINGS, **shape, **more})
 
 
-@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+@pytest.mark.parametrize(("layout", "workers"), CASES)
 def test_all_at_once_equals_the_engine_step_by_step(encode, layout, workers):
     """Token by token, on transcripts of different lengths in one batch."""
     rng, config = random.Random(layout), tiny_config()
@@ -263,7 +263,7 @@ def test_all_at_once_equals_the_engine_step_by_step(encode, layout, workers):
         assert checked > 60
 
 
-@pytest.mark.parametrize(("layout", "workers"), LESSONS)
+@pytest.mark.parametrize(("layout", "workers"), CASES)
 def test_transcripts_are_what_the_loop_would_do(encode, layout, workers, monkeypatch):
     """The loop, given the expert's choices, feeds the same tokens in the same steps to the same blocks."""
     model = load(DUET, "float32", "cpu")
@@ -372,7 +372,7 @@ def test_who_does_not_see_the_same_step_does_everything_twice(twenty, monkeypatc
     sheet = twenty[0]
     assert measure((str(DUET), "auto", "combined", 2, sheet, 0))["duplicates"] == 0
     monkeypatch.setattr(Cache, "extend", one_step_late)
-    assert measure((str(DUET), "auto", "combined", 2, sheet, 0))["duplicates"] >= 6
+    assert measure((str(DUET), "auto", "combined", 2, sheet, 0))["duplicates"] >= 11  # of 12
 
 
 def test_alone_each_does_everything(twenty):
@@ -388,7 +388,7 @@ def test_no_arguments_no_network(tmp_path):
     began = time.perf_counter()
     command = [sys.executable, "-m", "minihogwild.generate"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=offline, timeout=120)
-    assert time.perf_counter() - began < 30  # 10 on a quiet machine
+    assert time.perf_counter() - began < 30  # 4 on a quiet machine
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
     sheet, _, text = done.stdout.partition("\n\n")
     values: dict[str, int] = {}
@@ -437,7 +437,7 @@ def test_the_evaluation_and_its_figure(capsys, tmp_path, monkeypatch):
     assert one["steps"] > 1.7 * two["steps"]
     assert one["duplicates"] == two["duplicates"] == 0  # "nothing left" claims no line n
     assert one["right"] == two["right"] == 1
-    assert figure.read_text().count("forward steps") or figure.stat().st_size > 5000
+    assert "<svg" in figure.read_text()
 
 
 def test_a_dash_is_never_the_models_own_problem(capsys, monkeypatch):

@@ -18,3 +18,9 @@ def test_the_loop_in_the_readme_runs(smollm2_folder, capsys):
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", README))
 def test_links_lead_somewhere(link):
     assert (Path(__file__).parent.parent / link).exists()
+
+
+def test_no_page_was_left_unfinished():
+    root = Path(__file__).parent.parent
+    for page in (root / "README.md", *root.glob("*/README.md"), *root.glob("*/*/README.md")):
+        assert "@@" not in page.read_text(), page

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from minihogwild import load
@@ -49,15 +48,20 @@ def test_oracle_and_engine_agree_with_them(name, schedule):
 
 
 def test_the_command_makes_them_again(tmp_path, monkeypatch):
-    """All but the long one, which takes longest; its schedule and model are made again too."""
+    """All models and schedules, and the logits of three models."""
     monkeypatch.syspath_prepend(VECTORS)
     import make
 
-    monkeypatch.setattr(make, "CONFIGS", {name: make.CONFIGS[name] for name in ("llama", "qwen2", "qwen3_moe")})
+    replay_command, replayed = make.replay, ("llama", "qwen2", "qwen3_moe")
+
+    def replay_some(arguments: list[str]) -> int:
+        return replay_command(arguments) if Path(arguments[2]).parent.name in replayed else 0
+
+    monkeypatch.setattr(make, "replay", replay_some)
     monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path)])
     make.main()
     made = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(made) == 9 + 3 * (3 + 8) + 1
+    assert len(made) == 9 + 3 * 8 + len(replayed) * 8 + 1  # schedules, model folders, logits, the inside
     for path in made:
         kept = VECTORS / path.relative_to(tmp_path)
         if path.suffix == ".safetensors":
@@ -70,42 +74,50 @@ def test_the_command_makes_them_again(tmp_path, monkeypatch):
 
 
 def test_the_inside_hangs_together():
-    """Its parts follow from one another by the formula, and it is the step that its page says."""
-    with safe_open(VECTORS / "inside.safetensors", "pt") as file:
-        x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    model = load(VECTORS / "models" / "llama", "float64", "cpu")
+    """Its parts follow from the weights and from one another, by the formula, written down anew."""
+    x = load_file(VECTORS / "inside.safetensors")
+    weights = {name: w.double() for name, w in load_file(VECTORS / "models" / "llama" / "model.safetensors").items()}
     events = read_schedule(VECTORS / "schedules" / "together.json", 64)["events"]
     event, H, K, D = events[int(x["event"])], 4, 2, 16
     blocks = list(dict.fromkeys(block for view in event["views"] for block in view))
-    lengths = [len(x[f"keys.{block}"]) for block in blocks]
+    lengths = {block: len(x[f"keys.{block}"]) for block in blocks}
     frequencies = 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+
+    def turned(vectors: torch.Tensor, position: int) -> torch.Tensor:
+        vectors = torch.complex(*vectors.chunk(2, -1)) * torch.exp(1j * position * frequencies)
+        return torch.cat((vectors.real, vectors.imag), -1)
+
+    hidden = weights["model.embed_tokens.weight"][[token for ids in event["tokens"] for token in ids]]
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    hidden = hidden * weights["model.layers.0.input_layernorm.weight"]
+    for name in "qkv":
+        expected = (hidden @ weights[f"model.layers.0.self_attn.{name}_proj.weight"].T).view(len(hidden), -1, D)
+        assert torch.allclose(x[name], expected, atol=1e-9)
     t = 0
     for view, ids in zip(event["views"], event["tokens"]):
-        position = sum(lengths[blocks.index(block)] for block in view) - len(ids)
         for n in range(len(ids)):
-            start = 0
-            for block in blocks:
-                b = blocks.index(block)
-                seen = 0 if block not in view else lengths[b] - (len(ids) - 1 - n if block == view[-1] else 0)
-                assert int(x["visible"][t, b]) == seen
-                if not seen:
-                    continue
-                offset = sum(lengths[blocks.index(other)] for other in view[: view.index(block)])
-                assert int(x["offset"][t, b]) == offset
-                turn = torch.polar(torch.ones(D // 2, dtype=torch.float64), (position + n - offset) * frequencies)
-                q = torch.complex(*x["q"][t].chunk(2, -1)) * turn
-                q = torch.cat((q.real, q.imag), -1)
+            index = lengths[view[-1]] - len(ids) + n
+            assert torch.allclose(x[f"keys.{view[-1]}"][index], turned(x["k"][t], index), atol=1e-9)
+            assert torch.allclose(x[f"values.{view[-1]}"][index], x["v"][t], atol=1e-9)
+            position, start = sum(lengths[block] for block in view[:-1]) + index, 0
+            for b, block in enumerate(blocks):
+                seen = (index + 1 if block == view[-1] else lengths[block]) if block in view else 0
+                offset = sum(lengths[other] for other in view[: view.index(block)]) if seen else 0
+                assert (int(x["visible"][t, b]), int(x["offset"][t, b])) == (seen, offset)
+                q = turned(x["q"][t], position - offset)
                 assert torch.allclose(q, x["rotated_q"][t, b], atol=1e-9)
                 keys = x[f"keys.{block}"].repeat_interleave(H // K, 1)
-                start = sum(lengths[:b])
-                scores = torch.einsum("hd,nhd->hn", q, keys)[:, :seen] / D**0.5
-                assert torch.allclose(scores, x["scores"][t, :, start : start + seen], atol=1e-9)
+                scores = torch.einsum("hd,nhd->hn", q, keys) / D**0.5
+                scores[:, seen:] = -torch.inf
+                assert torch.allclose(scores, x["scores"][t, :, start : start + lengths[block]], atol=1e-9)
+                start += lengths[block]
+            assert start == x["scores"].shape[-1]
             t += 1
     values = torch.cat([x[f"values.{block}"] for block in blocks]).repeat_interleave(H // K, 1)
     assert torch.allclose(x["weights"], x["scores"].softmax(-1), atol=1e-12)
     assert torch.allclose(x["output"], torch.einsum("thn,nhd->thd", x["weights"], values), atol=1e-9)
     assert len(event["views"]) > 1
-    assert model.config.head_dim == D
+    assert max(map(len, event["tokens"])) > 1
 
 
 def test_the_example_on_their_page(tmp_path, capsys):

@@ -1,9 +1,9 @@
-"""Makes the vectors: tiny models, schedules, and the oracle's logits for them. `python vectors/make.py`
+"""Makes the vectors: tiny models, schedules, and the oracle's logits for them. `python vectors/make.py --out DIR`
 
 models/NAME          an ordinary model folder, random weights, each exact in bfloat16
-schedules/NAME.json  each shows one thing; `together` shows all
+schedules/NAME.json  each shows something new; `together` nearly all
 logits/MODEL/SCHEDULE.safetensors   what `minihogwild.replay --oracle` writes
-inside.safetensors   one layer of one step of `together` with the model `llama`, in float64
+inside.safetensors   the first layer's attention in one step of `together`, model `llama`, in float64
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from minihogwild import load
-from minihogwild.cache import Cache
+from minihogwild.cache import PAGE, Cache
 from minihogwild.load import empty_weights, parse_config
 from minihogwild.oracle import Oracle
 from minihogwild.replay import main as replay
@@ -144,7 +144,7 @@ def together(script: Script) -> None:
 
 
 def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
-    """All that the first layer computes in the first step after a move in which several workers feed several tokens."""
+    """All of the first layer's attention, in the first step after a move in which one of several workers feeds several."""
     model = load(folder, "float64", "cpu")
     config, layer = model.config, model.weights.layers[0]
     oracle = Oracle(config, model.weights, schedule["blocks"])
@@ -180,7 +180,7 @@ def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
     scores, values = [], []
     for b, block in enumerate(blocks):
         slots = cache._slots(block, 0, cache.lengths[block])
-        keys = found[f"keys.{block}"] = cache.keys[0][slots // 64, :, slots % 64]  # [N, K, D], as they are stored
+        keys = found[f"keys.{block}"] = cache.keys[0][slots // PAGE, :, slots % PAGE]  # [N, K, D], as they are stored
         values.append(cache.values[0][:, slots].transpose(0, 1))
         found[f"values.{block}"] = values[-1]
         score = cache.scale * torch.einsum("tkgd,nkd->tkgn", rotated[:, b].view(T, K, H // K, D), keys).flatten(1, 2)
@@ -195,7 +195,7 @@ def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the vectors.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, required=True, help="a folder that has none of it")
     out = parser.parse_args().out
     scripts = schedules()
     (out / "schedules").mkdir(parents=True)

@@ -1,7 +1,7 @@
 """How well do workers share a sheet? Fresh sheets, the engine itself, and the expert beside it.
 
 python tutorial/duet/evaluate.py                      20 sheets of 12 lines, a minute and a half on two cores
-python tutorial/duet/evaluate.py --sheets 200 --figure tutorial/figures/duet.svg
+python tutorial/duet/evaluate.py --layouts combined independent --workers 1 2 3 4 8 --figure tutorial/figures/duet.svg
 """
 
 import argparse
@@ -97,7 +97,7 @@ COLUMNS = {
     "sheets right": "{whole:.1%}",
     "steps": "{steps:.1f}",
     "of the expert's": "{of_expert:.3f}",
-    "of one worker's": "{of_one:.3f}",
+    "of the first row's": "{of_first:.3f}",
     "duplicates": "{duplicates:.3f}",
     "backed off": "{backed_off:.2f}",
     "ended": "{retired:.1%}",
@@ -118,13 +118,13 @@ def main() -> None:
     options = parser.parse_args()
     sheets = fresh_sheets(options.sheets, *options.lines)
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    table, one = [], {}
+    table, first = [], {}
     with ProcessPoolExecutor(options.processes) as pool:
         for layout in options.layouts:
             for workers in options.workers:
                 row = evaluate(options.model, options.dtype, layout, workers, sheets, pool)
                 row["of_expert"] = row["steps"] / row["expert"]
-                row["of_one"] = row["steps"] / one.setdefault(layout, row["steps"])
+                row["of_first"] = row["steps"] / first.setdefault(layout, row["steps"])
                 table.append(row)
                 print(f"| {' | '.join(COLUMNS.values()).format(**row)} |", flush=True)
     if options.figure:

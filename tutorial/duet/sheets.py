@@ -211,7 +211,7 @@ def expert(sheet: Sheet, board: Board, encode: Encoder, rng: random.Random, slip
             continue
         board.taken.add(line)
         for needed, text in work(sheet, line, values):
-            while (needed and needed not in board.done) or (needed and rng.random() < slips):
+            while needed and (needed not in board.done or rng.random() < slips):
                 waits = needed not in board.done
                 yield from write(WAIT, choice=True, taught=waits, waits=waits)
             words = write(text, choice=bool(needed) or text == " = ")

@@ -339,7 +339,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="transcripts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loaders", type=int, default=7, help="processes that write transcripts")
-    parser.add_argument("--first", type=int, default=0, help="1: only the second phase, from the weights in --out")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        choices=range(len(PHASES)),
+        help="1: only the second phase, from the weights in --out",
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
