@@ -92,7 +92,7 @@ def command(options: argparse.Namespace) -> int:
             a, b = ours.get_tensor(name), theirs.get_tensor(name)
             right = a.shape == b.shape == (len(schedule["events"][index]["views"]), *a.shape[1:2])
             require(right, f"{name} must be [workers, V]: ours is {list(a.shape)}, theirs {list(b.shape)}")
-        apart = difference(a, b)
+            apart = difference(a, b)
         for worker, (*numbers, same) in enumerate(apart.tolist()):
             print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
         if not departure and apart[:, 1].max() > options.tolerance:

@@ -154,6 +154,10 @@ class Run:
         if rows:
             ids = sample(self.logits[rows], self.sampling, [active[row].random for row in rows])
             for row, token in zip(rows, ids):
+                require(
+                    token >= 0,
+                    f"step {self.forward_steps}: {active[row].name}'s logits are NaN or infinite: try float32",
+                )
                 event["sampled"][row] = token
                 events += self._take(active[row], token)
         self.seconds += time.perf_counter() - began

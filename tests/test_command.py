@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -522,6 +523,25 @@ def test_out_of_memory_gives_one_line(command, script, fail_at_step, error, step
     assert_one_line(err, "out of memory")
     assert re.search(r"[\d.]+ ?[kMG]?B\b", err)  # how much, and for what
     assert "step" in err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_give_one_line(command, monkeypatch, tmp_path, value):
+    """In the third step and of the second worker; what was written until then has been shown."""
+    forward, calls = transformer.forward, itertools.count(1)
+
+    def overflowing(*arguments):
+        logits = forward(*arguments)
+        if len(logits) == 2 and next(calls) == 4:  # the headers come first
+            logits[1, 5] = value
+        return logits
+
+    monkeypatch.setattr(transformer, "forward", overflowing)
+    code, out, err = command("How?", "--workers", 2, "--temperature", 1, "--json", tmp_path / "result.json")
+    assert code == 2
+    assert_one_line(err, "step 3", "Bob", "NaN or infinite")
+    assert "Alice: " in out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_are_not_hidden(folder, fail_at_step):

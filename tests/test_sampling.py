@@ -36,6 +36,12 @@ def test_temperature_0_takes_the_likeliest():
     assert sample(logits, Sampling(0.0, 2, 0.5, 0.1), streams(3)) == [1, 0, 2]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=1, top_p=0.5, min_p=0.1)])
+def test_rows_that_are_no_numbers_give_no_token(sampling):
+    rows = [[0.0, math.nan, 9.0], [0.0, math.inf, 9.0], [-math.inf, -math.inf, 9.0], [math.nan] * 3]
+    assert sample(torch.tensor(rows), sampling, streams(4)) == [-1, -1, 2, -1]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1.0, min_p=1.0)])
 def test_each_filter_at_its_tightest_is_greedy(sampling):
     assert set(draw(of(0.2, 0.2, 0.3, 0.3 - 1e-4, 1e-4), sampling, 200)) == {2}

@@ -144,7 +144,7 @@ def together(script: Script) -> None:
 
 
 def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
-    """All of the first layer's attention, in the first step after a move in which one of several workers feeds several."""
+    """All of the first layer's attention, in the first step after a move where one of several workers feeds several."""
     model = load(folder, "float64", "cpu")
     config, layer = model.config, model.weights.layers[0]
     oracle = Oracle(config, model.weights, schedule["blocks"])
