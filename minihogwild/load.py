@@ -263,7 +263,12 @@ def some(names: set[str]) -> str:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The one file, or those that the index names."""
+    """The one file, or those that the index names: files of this folder, wherever the folder comes from."""
     index = folder / "model.safetensors.index.json"
-    names = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
-    return [folder / name for name in sorted(set(names))]
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    with refusing(index):
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        outside = [name for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"]
+        require(not outside, f"{some(set(outside))} must be a safetensors file's name, in the same folder")
+        return [folder / name for name in names]

@@ -154,13 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", required=True, help="a model folder, or a hub repository's name")
     add("--out", type=Path, required=True, metavar="FILE", help="a safetensors file: one tensor for each step event")
     add("--oracle", action="store_true", help="by the slow, obvious way, in float64, not by the engine")
-    add(
-        "--events",
-        type=part,
-        default=":",
-        metavar="A:B",
-        help="write the logits of these alone (a slice, as in Python)",
-    )
+    add("--events", type=part, default=":", metavar="A:B", help="write the logits of these alone, a slice as in Python")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     return run_command(command, parser, argv)

@@ -970,6 +970,27 @@ def test_a_broken_index_names_its_file(tmp_path: Path, how: str):
     assert "model.safetensors.index.json" in refusal(load, folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 7, ["a"], None]
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name):
+    folder = make_folder(tmp_path / "model", TINY, make_tensors(TINY), shards=2)
+    save_file(make_tensors(TINY), tmp_path / "secret.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    write_json(folder / "model.safetensors.index.json", index)
+    message = refusal(load, folder, device="cpu")
+    assert "model.safetensors.index.json" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("weight_map", [[], 7, "model.safetensors"])
+def test_an_index_of_the_wrong_kind_is_refused(tmp_path: Path, weight_map):
+    folder = make_folder(tmp_path / "model", TINY, make_tensors(TINY), shards=2)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    assert "model.safetensors.index.json" in refusal(load, folder, device="cpu")
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}])
 def test_an_index_that_names_no_file(tmp_path: Path, index: dict):
     folder = make_folder(tmp_path, TINY, make_tensors(TINY), shards=2)

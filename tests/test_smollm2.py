@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from minihogwild import Cache, Model, Sampling, forward, load
 from minihogwild import model as transformer
 from minihogwild.generate import Run
+from minihogwild.generate import main as generate_main
 from minihogwild.layouts import LAYOUTS
 from minihogwild.oracle import Oracle
 from minihogwild.prompts import Prompts
+from minihogwild.replay import main as replay_main
 
 TEXT = """\
 The lighthouse stood at the end of a long and narrow pier. Every evening, at six o'clock, its keeper climbed all of \
@@ -214,6 +216,16 @@ def test_oracle_makes_the_same_choices(float32, monkeypatch):
                 unclear += 1
     assert clear >= 120
     assert unclear <= clear // 20
+
+
+def test_a_recorded_run_replays_bit_for_bit(smollm2_folder, tmp_path, capsys):
+    """By the two commands, in the checkpoint's dtype."""
+    run, logits, of = tmp_path / "run.json", tmp_path / "logits.safetensors", ["--model", str(smollm2_folder)]
+    assert generate_main([BREAD, *of, "--max-steps", "30", "--record", str(run)]) == 0
+    assert replay_main([str(run), *of, "--out", str(logits)]) == 0
+    steps = steps_of(json.loads(run.read_text())["events"])
+    assert f"{len(steps)} recorded digests: all as recorded, bit for bit" in capsys.readouterr().err
+    assert len(steps) >= 32
 
 
 def steps_of(events: list[dict]) -> list[dict]:
