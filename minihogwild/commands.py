@@ -35,11 +35,13 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
         return 2
 
 
-def require_writable(path: Path, option: str) -> None:
-    """Raise InputError where no file can be written: before the work, not after it."""
+def require_writable(path: Path, option: str, *others: Path | None) -> None:
+    """Raise InputError where no file can be written, or where it is one of the `others`: before the work, not after."""
     out = Path(os.path.realpath(path))
     writable = os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out))
     require(writable, f"{option} {path}: no file can be written there")
+    taken = out in [Path(os.path.realpath(other)) for other in others if other]
+    require(not taken, f"{option} {path}: this command reads or writes that file already")
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:

@@ -59,6 +59,8 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str | torc
     dtype = DTYPES.get(dtype, dtype)
     require(dtype in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     tokenizer = Tokenizer(folder)
+    ids = f"{tokenizer.size} ids, more than config.json's vocab_size {config.vocab_size}"
+    require(tokenizer.size <= config.vocab_size, f"{folder / 'tokenizer.json'}: {ids}")
     sampling, eos = generation_defaults(folder, settings)
     weights = load_weights(folder, config, dtype, device, str(name))
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
@@ -80,10 +82,39 @@ def fetch(name: str) -> Path:
 
 # ---- config.json
 
+KINDS = {  # of values in config.json and generation_config.json
+    **{key: float if kind == float | None else kind for fields in (Config, Rope, Sampling)
+       for key, kind in fields.__annotations__.items() if kind not in (Rope, tuple[int, ...])},
+    "num_local_experts": int, "decoder_sparse_step": int, "use_sliding_window": bool, "do_sample": bool,
+    "model_type": str, "dtype": str, "torch_dtype": str, "type": str, "layer_types": list, "mlp_only_layers": list,
+    "quantization_config": dict, "rope_parameters": dict, "rope_scaling": dict,
+}  # fmt: skip
+BOUNDS = {  # far from every model; what follows may count to these numbers, or divide by them
+    int: (1, 2**20),
+    float: (0, 1e12),
+    **dict.fromkeys(["max_position_embeddings", "original_max_position_embeddings"], (1, 2**31)),
+    **dict.fromkeys(["factor", "beta_fast", "beta_slow"], (1e-6, 1e12)),
+    "rope_theta": (1.01, 1e12),
+    "top_k": (0, 2**31),
+}
+
+
+def require_kinds(settings: dict) -> None:
+    """Raise InputError for a value, other than null, that is of the wrong type or out of bounds."""
+    for key, value in settings.items():
+        if key not in KINDS or value is None:
+            continue
+        kind = KINDS[key]
+        low, high = BOUNDS.get(key, BOUNDS.get(kind, (None, None)))
+        right = type(value) in ((float, int) if kind is float else (kind,))
+        wanted = kind.__name__ + (f" from {low} to {high}" if high else "")
+        require(right and (not high or low <= value <= high), f"{key} must be {wanted}, not {value!r}")
+
 
 @refusing("config.json")
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
+    require_kinds(settings)
     kind = settings.get("model_type")
     # What is supported, and the max_position_embeddings that each means where config.json is silent
     context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
@@ -108,7 +139,7 @@ def parse_config(settings: dict) -> Config:
     settings = silent | {key: value for key, value in settings.items() if value is not None}
     K, D = settings["num_key_value_heads"], settings["head_dim"]
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
-    require(D % 2 == 0, f"head_dim {D} is odd, and rope needs pairs")
+    require(D % 2 == 0 < D, f"head_dim {D} is not an even number: rope turns pairs")
     experts = parse_experts(settings) if kind == "qwen3_moe" else {}
     return Config(**{key: settings[key] for key in (*needed, *silent)}, rope=parse_rope(settings), **experts)
 
@@ -119,9 +150,10 @@ def parse_experts(settings: dict) -> dict:
     silent |= {"moe_intermediate_size": 768, "norm_topk_prob": False}
     experts = {key: settings.get(key, value) for key, value in silent.items()}
     X, chosen, every = experts["num_experts"], experts["num_experts_per_tok"], settings.get("decoder_sparse_step", 1)
-    require(1 <= chosen <= X, f"num_experts_per_tok {chosen} is not from 1 to num_experts {X}")
-    require(every >= 1, f"decoder_sparse_step {every} is not 1 or more")
-    layers, dense = range(settings["num_hidden_layers"]), settings.get("mlp_only_layers", [])
+    require(chosen <= X, f"num_experts_per_tok {chosen} is more than num_experts {X}")
+    dense = settings.get("mlp_only_layers", [])
+    require(all(isinstance(i, int) for i in dense), f"mlp_only_layers {dense} is not a list of numbers")
+    layers, dense = range(settings["num_hidden_layers"]), set(dense)
     return experts | {"sparse_layers": tuple(i for i in layers if i not in dense and (i + 1) % every == 0)}
 
 
@@ -138,6 +170,7 @@ YARN_KEYS = [LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast"
 def parse_rope(settings: dict) -> Rope:
     """Rope from both forms in the wild: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
     given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    require_kinds(given)
     given = {key: value for key, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     theta = given.pop("rope_theta", settings.get("rope_theta") or 10000.0)
@@ -147,6 +180,8 @@ def parse_rope(settings: dict) -> Rope:
     require(not missing, f"rope type {kind!r} needs {', '.join(missing)}")
     unknown = sorted(given.keys() - {*ROPE_KEYS[kind], *(YARN_KEYS if kind == "yarn" else [])})
     require(not unknown, f"rope type {kind!r} has unknown keys: {', '.join(unknown)}")
+    low, high = given.get("low_freq_factor", 0), given.get("high_freq_factor", 1)
+    require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
     if kind == "yarn":
         given.setdefault(LENGTH, settings.get(LENGTH, settings["max_position_embeddings"]))
     return Rope(kind, theta, **given)
@@ -160,6 +195,7 @@ def generation_defaults(folder: Path, settings: dict) -> tuple[Sampling, frozens
     """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack."""
     path = folder / "generation_config.json"
     given = {key: value for key, value in (read_json(path) if path.exists() else {}).items() if value is not None}
+    require_kinds(given)
     chosen = {key: given[key] for key in vars(Sampling()) if key in given}
     harmless = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
     # For every other key, these values ask for nothing
@@ -168,10 +204,14 @@ def generation_defaults(folder: Path, settings: dict) -> tuple[Sampling, frozens
         logger.warning("generation_config.json: not supported, and ignored: %s", ", ".join(lacking))
     sampling = Sampling(**{"temperature": 1.0, **chosen}) if given.get("do_sample") else Sampling()
     eos = given.get("eos_token_id", settings.get("eos_token_id"))
-    return sampling, frozenset(eos if isinstance(eos, list) else {eos} - {None})
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    require(all(isinstance(token, int) for token in eos), f"eos_token_id {eos} is neither an id nor a list of ids")
+    return sampling, frozenset(eos)
 
 
 # ---- safetensors
+
+STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that can be weights
 
 
 def empty_weights(
@@ -230,7 +270,11 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     shared_head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
 
     optional = [any(name.endswith(end) for name in found) for end in ("q_proj.bias", "q_norm.weight")]
-    _, expected = empty_weights(config, dtype, "meta", *optional)
+    # A few numbers in config.json can claim any number of tensors: a checkpoint so incomplete is not gone through
+    claimed = config.num_hidden_layers + len(config.sparse_layers) * config.num_experts
+    require(claimed < len(found) + 1000, f"the checkpoint lacks most of config.json's layers: {len(found)} tensors")
+    with refusing("config.json"):  # its sizes may overflow a tensor's
+        _, expected = empty_weights(config, dtype, "meta", *optional)
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     require(not missing, f"the checkpoint lacks {some(missing)}")
     require(not unknown, f"the checkpoint has tensors that this architecture does not know: {some(unknown)}")
@@ -242,7 +286,8 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     with allocating(nbytes, f"{model}'s weights in {str(dtype)[6:]}", device):
         weights, parts = empty_weights(config, dtype, device, *optional)
     for name, part in parts.items():
-        part.copy_(read(found[name][0], name))
+        with refusing(f"{found[name][0]}: {name} cannot be read"):
+            part.copy_(read(found[name][0], name))
     same = not shared_head or torch.equal(read(shared_head[0], "lm_head.weight").to(weights.head), weights.head)
     require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return weights
@@ -250,7 +295,10 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
     with refusing(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name, part in slices.items():
+            require(part.get_dtype() in STORED, f"{name} is {part.get_dtype()}, none of {', '.join(STORED)}")
+        return {name: part.get_shape() for name, part in slices.items()}
 
 
 def read(path: Path, name: str) -> Tensor:

@@ -115,7 +115,7 @@ def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
 
 
 def command(options: argparse.Namespace) -> int:
-    require_writable(options.out, "--out")
+    require_writable(options.out, "--out", options.schedule)
     model = load(options.model, options.dtype, "cpu" if options.oracle else options.device)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
     events = schedule["events"]

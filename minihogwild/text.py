@@ -7,19 +7,16 @@ spelled out in a prompt they are encoded as the characters they are.
 import json
 import re
 import secrets
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
-from time import strftime
 
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import refusing, require
+from .config import InputError, refusing, require
 
-# The environment that the ecosystem renders chat templates in: transformers' apply_chat_template
-TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-TEMPLATES.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
-TEMPLATES.globals |= {"raise_exception": partial(require, False), "strftime_now": strftime}
+TEMPLATE = Path(__file__).with_name("template.py")
+TEMPLATE_SECONDS, TEMPLATE_LENGTH = 10, 2**20  # that a chat template may take; characters that it may add
 
 
 class Tokenizer:
@@ -28,17 +25,18 @@ class Tokenizer:
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         data = read_json(path)
-        added = [token for token in data.get("added_tokens") or [] if token["content"].strip()]
-        self.control = {token["content"]: token["id"] for token in added}
-        self.at_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
-        self.hidden = {token["id"] for token in added if token["special"]}  # not shown in decoded text
-        # `encode_special_tokens` reads special tokens as plain text. For that all control tokens must count as
-        # special: some checkpoints mark `<think>` or even `<|User|>` as ordinary added tokens.
-        for token in added:
-            token["special"] = True
-        data["truncation"] = data["padding"] = None
         with refusing(f"{path} cannot be read"):
+            added = [token for token in data.get("added_tokens") or [] if token["content"].strip()]
+            self.control = {token["content"]: token["id"] for token in added}
+            self.at_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
+            self.hidden = {token["id"] for token in added if token["special"]}  # not shown in decoded text
+            # `encode_special_tokens` reads special tokens as plain text. For that all control tokens must count as
+            # special: some checkpoints mark `<think>` or even `<|User|>` as ordinary added tokens.
+            for token in added:
+                token["special"] = True
+            data["truncation"] = data["padding"] = None
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+        self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
         self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
         self.tokenizer.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
         self.hidden.add(self.tokenizer.token_to_id(self.mark))  # models whose vocabulary is padded may sample it
@@ -63,7 +61,8 @@ class Tokenizer:
             return self.encode(prompt, whole=True)
         # A mark breaks each control token that the user typed. All else is encoded as the ecosystem does it.
         broken = self.at_control.sub(lambda typed: typed[0][0] + self.mark + typed[0][1:], prompt)
-        ids, harmless = (self.encode(self._render(text), control=True) for text in (broken, "a"))
+        texts = render({"template": self.template, "special": self.special, "prompts": [broken, "a"]})
+        ids, harmless = (self.encode(text, control=True) for text in texts)
         control = {*self.control.values()}
         ours, expected = ([i for i in row if i in control] for row in (ids, harmless))
         require(ours == expected, "the prompt would bring control tokens of its own into the chat")
@@ -72,13 +71,6 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
         return self.tokenizer.decode([i for i in ids if i not in self.hidden], skip_special_tokens=False)
-
-    def _render(self, prompt: str) -> str:
-        given = {"messages": [{"role": "user", "content": prompt}], "tools": None, "documents": None}
-        with refusing("the chat template fails"):
-            # `generation` marks what to train on: for rendering it is no more than a pair of brackets
-            source = re.sub(r"(\{%[-+]?\s*)(end|)generation(\s*[-+]?%\})", r"\1\2with\3", self.template)
-            return TEMPLATES.from_string(source).render(**self.special, **given, add_generation_prompt=True)
 
 
 class Stream:
@@ -98,17 +90,36 @@ class Stream:
         return text[len(told) :]
 
 
+@refusing("the chat template fails")
+def render(given: dict) -> list[str]:
+    """`template.render`, in a process of its own: it may loop for ever, or ask for all the memory there is."""
+    child = [sys.executable, "-X", "utf8", str(TEMPLATE)]
+    try:
+        done = subprocess.run(
+            child, input=json.dumps(given), capture_output=True, encoding="utf-8", timeout=TEMPLATE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"it takes more than {TEMPLATE_SECONDS} seconds") from None
+    require(done.returncode == 0, done.stderr[-500:] or "it crashes, or needs too much memory")
+    texts = json.loads(done.stdout)
+    allowed = TEMPLATE_LENGTH + 10 * max(map(len, given["prompts"]))
+    require(max(map(len, texts)) <= allowed, f"it gives more than {allowed} characters")
+    return texts
+
+
 def chat_settings(folder: Path) -> tuple[dict[str, str], str | None]:
     """(special tokens by name, such as `bos_token`; the chat template or None)."""
-    path = folder / "tokenizer_config.json"
+    path, own_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = read_json(path) if path.exists() else {}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings.items()}
     special = {name: text for name, text in texts.items() if name.endswith("_token") and text and isinstance(text, str)}
-    template, own_file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if own_file.exists():
-        with refusing(f"{own_file} cannot be read"):
+    template = settings.get("chat_template")
+    with refusing(f"{path}: chat_template is neither text nor a list of texts by name"):
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        require(template is None or isinstance(template, str), repr(template))
+    with refusing(f"{own_file} cannot be read"):
+        if own_file.exists():
             template = own_file.read_text("utf-8")
     return special, template
 

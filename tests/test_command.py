@@ -309,13 +309,14 @@ def test_the_older_file_stays_where_the_run_fails(command, tmp_path, fail_at_ste
     assert os.listdir(tmp_path) == ["result.json"]
 
 
-def test_a_full_disk_leaves_the_older_file(command, tmp_path):
+@pytest.mark.parametrize("option", ["--json", "--record"])
+def test_a_full_disk_leaves_the_older_file(command, tmp_path, option):
     path = tmp_path / "result.json"
     path.write_text("old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))  # bytes of a file
     try:
-        code, _, err = command("How?", "--max-steps", 30, "--json", path)
+        code, _, err = command("How?", "--max-steps", 30, option, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2
@@ -461,6 +462,23 @@ def test_a_json_file_that_cannot_be_written_is_told_before_the_run(command, tmp_
         assert_one_line(err, "--json", str(path))
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_no_file_is_written_over_another_of_the_same_command(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load", None)
+    words = tmp_path / "words.json"
+    words.write_text("{}")
+    (tmp_path / "link.json").symlink_to(words)
+    for options in (
+        ["--json", words, "--prompts", words],
+        ["--record", tmp_path / "link.json", "--prompts", words],
+        ["--json", tmp_path / "new.json", "--record", tmp_path / "x" / ".." / "new.json"],
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        code, out, err = command("hi", *options)
+        assert (code, out) == (2, "")
+        assert_one_line(err, options[0], "already")
+    assert words.read_text() == "{}"
 
 
 # ---- what ends a run early

@@ -6,6 +6,7 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from minihogwild import InputError
+from minihogwild import template as in_process
+from minihogwild import text as module
 from minihogwild.text import Stream, Tokenizer
 
 # ---- tokenizers as found on the hub, small
@@ -113,6 +116,10 @@ def pair(style: str, template: str | None = None) -> tuple[Tokenizer, Theirs]:
     with tempfile.TemporaryDirectory() as name:
         folder = save(Path(name), style, template)
         return Tokenizer(folder), Theirs(folder)
+
+
+# For many examples: templates are rendered in this process, not each in one of its own
+here = patch.object(module, "render", lambda given: in_process.render(**given))
 
 
 def refusal(call, *args) -> str:
@@ -266,8 +273,10 @@ HOSTILE = st.lists(st.sampled_from(CONTROL) | PIECES | TEXT, min_size=1, max_siz
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chat_gives_the_ids_of_transformers(template: str, style: str):
     ours, theirs = pair(style, TEMPLATES[template])
-    for prompt in PROMPTS:
-        assert ours.chat(prompt) == theirs.chat(prompt), prompt
+    assert ours.chat(PROMPTS[0]) == theirs.chat(PROMPTS[0])
+    with here:
+        for prompt in PROMPTS:
+            assert ours.chat(prompt) == theirs.chat(prompt), prompt
 
 
 @settings(max_examples=150, deadline=None)
@@ -280,7 +289,8 @@ def test_chat_gives_the_ids_of_transformers(template: str, style: str):
 @example(prompt="|", style="smollm", template=SMOLLM)
 def test_chat_gives_the_ids_of_transformers_for_any_ordinary_text(prompt: str, style: str, template: str):
     ours, theirs = pair(style, template)
-    assert ours.chat(prompt) == theirs.chat(prompt)
+    with here:
+        assert ours.chat(prompt) == theirs.chat(prompt)
 
 
 @settings(max_examples=150, deadline=None)
@@ -406,7 +416,8 @@ def test_typed_control_tokens_give_no_control_and_come_back_as_text(prompt: str,
 @given(prompt=HOSTILE, template=st.sampled_from([None, QWEN, LLAMA31, R1, LLAMA2, LOOPS]), style=st.sampled_from(SPM))
 def test_typed_control_tokens_give_no_control_in_any_template(prompt: str, template: str | None, style: str):
     ours, _ = pair(style, template)
-    assert control_ids(ours, ours.chat(prompt)) == control_ids(ours, ours.chat("hello"))
+    with here:
+        assert control_ids(ours, ours.chat(prompt)) == control_ids(ours, ours.chat("hello"))
 
 
 @pytest.mark.parametrize(

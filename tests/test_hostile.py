@@ -1,0 +1,239 @@
+"""Model folders come from strangers: whatever is in them, one line says what is wrong, within limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import limited, mutate, mutated_bytes, to_json
+from replaying import said
+from safetensors.torch import save_file
+from test_load import MOE, TINY, make_folder, make_tensors, write_json
+
+from minihogwild import generate, text
+
+YARN = TINY | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = TINY | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 128}, "tie_word_embeddings": True}
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "eos_token_id": [256, 258]}
+CHAT = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "prompts.json"]
+FILES += ["model.safetensors.index.json"]
+NAMES = [
+    "vocab_size",
+    "num_key_value_heads",
+    "rope_theta",
+    "factor",
+    "content",
+    "model",
+    "names",
+    "x",
+    "dtype",
+    "shape",
+]
+OUTCOMES = Counter()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """Sound ones: each of another family, the second in two shards."""
+    made = []
+    for config, shards in ((TINY, 1), (MOE, 2), (YARN, 2), (LLAMA3, 1)):
+        folder = tmp_path_factory.mktemp("sound")
+        make_folder(folder, config, make_tensors(config), shards, GENERATION)
+        settings = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": CHAT}
+        write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "prompts.json", {"names": ["A", "B"], "together": "{problem}", "boxed": False})
+        made.append(folder)
+    return made
+
+
+def run(folder: Path) -> tuple[int, str]:
+    """(exit code, standard error) of a short run."""
+    code, _, err = said(generate.main, "hello", "--model", folder, "--max-steps", 2, "--device", "cpu")
+    return code, err
+
+
+def assert_run_or_refused(folder: Path) -> str:
+    """Returns what was said."""
+    nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    before = sorted(os.listdir(folder))
+    with limited(nbytes):
+        code, err = run(folder)
+    assert code in (0, 2)
+    assert sorted(os.listdir(folder)) == before
+    if code == 2:
+        assert err.startswith("minihogwild: ")
+        assert err.count("\n") == 1, err
+        assert len(err) < 1200
+    OUTCOMES[code] += 1
+    return err if code else ""
+
+
+def test_sound_folders_run(folders):
+    for folder in folders:
+        assert run(folder)[0] == 0
+
+
+few = {"suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=1200, **few)
+@given(data=st.data(), which=st.integers(0, 3), name=st.sampled_from(["config.json", *FILES]))
+def test_any_mutation_of_a_json_file(folders, data, which, name):
+    with tempfile.TemporaryDirectory() as copy:
+        folder = Path(shutil.copytree(folders[which], Path(copy) / "model"))
+        path = folder / (name if (folder / name).exists() else "config.json")
+        value = json.loads(path.read_text())
+        for _ in range(data.draw(st.integers(1, 3))):
+            if value:
+                mutate(data.draw, value, NAMES)
+        path.write_bytes(mutated_bytes(data.draw, to_json(data.draw, value)))
+        assert_run_or_refused(folder)
+
+
+@settings(max_examples=800, **few)
+@given(data=st.data(), which=st.integers(0, 3))
+def test_any_mutation_of_safetensors_bytes(folders, data, which):
+    with tempfile.TemporaryDirectory() as copy:
+        folder = Path(shutil.copytree(folders[which], Path(copy) / "model"))
+        path = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header, body = content[8 : 8 + size], content[8 + size :]
+        change = data.draw(st.sampled_from(["lies", "lies", "length", "header", "body"]))
+        if change == "lies":  # about names, dtypes, shapes, places
+            value = json.loads(header)
+            mutate(data.draw, value, NAMES)
+            header = to_json(data.draw, value)
+            size = len(header)
+        elif change == "length":
+            size = data.draw(st.one_of(st.integers(0, 2 * len(content)), st.integers(0, 2**64 - 1)))
+        elif change == "header":
+            header = mutated_bytes(data.draw, header)
+        else:
+            body = mutated_bytes(data.draw, body)
+        path.write_bytes(size.to_bytes(8, "little") + header + body)
+        assert_run_or_refused(folder)
+
+
+def test_the_mutations_were_of_all_kinds():
+    if OUTCOMES:  # the tests above ran in this process
+        assert OUTCOMES[0] > 200
+        assert OUTCOMES[2] > 800
+
+
+# ---- by hand: what random changes hardly hit
+
+INTEGERS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+INTEGERS += ["num_key_value_heads", "max_position_embeddings", "num_experts", "num_experts_per_tok"]
+INTEGERS += ["moe_intermediate_size", "decoder_sparse_step", "original_max_position_embeddings"]
+FLOATS = [
+    "rms_norm_eps",
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+]
+OTHERS = ["tie_word_embeddings", "norm_topk_prob", "truncate", "model_type", "torch_dtype", "mlp_only_layers"]
+OTHERS += ["layer_types", "rope_scaling", "quantization_config", "use_sliding_window"]
+NO_NUMBER = [-1, float("nan"), float("inf"), -float("inf"), 10**400, "3", [3], {"a": 3}, True, 2**62]
+ABSURD = {key: [*NO_NUMBER, 0, 3.0] for key in INTEGERS} | {key: NO_NUMBER for key in FLOATS}
+ABSURD |= {key: [0, 1.5, float("nan")] for key in OTHERS}
+LARGE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "model", MOE, make_tensors(MOE))
+
+
+def with_value(config: dict, key: str, value: object) -> dict:
+    if key not in [*FLOATS[2:], "original_max_position_embeddings", "truncate"]:
+        return config | {key: value}
+    return config | {"rope_scaling": {"type": "yarn", "factor": 2.0} | {key: value}}
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_an_absurd_value_is_named_with_its_key(folder, key):
+    for value in ABSURD[key]:
+        write_json(folder / "config.json", with_value(MOE, key, value))
+        err = assert_run_or_refused(folder)
+        assert f"config.json: {key} must be " in err or "config.json cannot be read: ValueError: Exceeds" in err, value
+
+
+@pytest.mark.parametrize("key", LARGE)
+@pytest.mark.parametrize("others", [{}, dict.fromkeys(LARGE, 2**20)], ids=["alone", "with the others"])
+def test_the_largest_values_are_held_against_the_tensors(folder, key, others):
+    write_json(folder / "config.json", MOE | {"num_key_value_heads": 1} | others | {key: 2**20})
+    err = assert_run_or_refused(folder)
+    assert "lacks" in err or "has shape" in err, err
+
+
+@pytest.mark.parametrize("low", [4.0, 5.0])
+def test_a_ramp_without_width_is_refused(folder, low):
+    rope = LLAMA3["rope_parameters"] | {"low_freq_factor": low}
+    write_json(folder / "config.json", TINY | {"rope_parameters": rope})
+    assert f"low_freq_factor {low} is not below high_freq_factor 4.0" in assert_run_or_refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_that_are_no_weights_are_refused(folder, dtype):
+    tensors = make_tensors(MOE)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    err = assert_run_or_refused(folder)
+    assert "model.safetensors" in err
+    assert ": model.norm.weight is " in err
+
+
+def test_a_tokenizer_larger_than_the_embedding(folder):
+    write_json(folder / "config.json", MOE | {"vocab_size": 258})
+    err = assert_run_or_refused(folder)
+    assert "tokenizer.json: 259 ids, more than config.json's vocab_size 258" in err
+
+
+def test_ids_with_gaps_count_to_the_last(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["Zzz"] = 10**6
+    write_json(folder / "tokenizer.json", tokenizer)
+    assert "tokenizer.json: 1000001 ids, more than config.json's vocab_size 260" in assert_run_or_refused(folder)
+
+
+ATTACKS = {
+    "loops for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "1 seconds"),
+    "one product that never ends": ("{{ 9 ** (9 ** (9 ** 9)) }}", "1 seconds"),
+    "fills the memory": ("{{ 'x' * 10 ** 10 }}", "memory"),
+    "fills it bit by bit": (
+        "{% set n = namespace(s='x' * 9999) %}{% for a in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "",  # memory or time
+    ),
+    "is padded": ("{{ 'x' | center(10 ** 10) }}", "memory"),
+    "a flood of text": ("{% for a in range(9999) %}{{ '<|im_start|>' * 99 }}{% endfor %}", "characters"),
+    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "RecursionError"),
+    "crowds the line with its own words": ("{{ raise_exception('no ' * 10 ** 6) }}", "no no no"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_template_that_attacks_is_ended(folder, monkeypatch, attack):
+    monkeypatch.setattr(text, "TEMPLATE_SECONDS", 1)
+    template, culprit = ATTACKS[attack]
+    (folder / "chat_template.jinja").write_text(template)
+    began = time.monotonic()
+    err = assert_run_or_refused(folder)
+    assert time.monotonic() - began < 5
+    assert "the chat template fails: " in err
+    assert culprit.lower() in err.lower()
