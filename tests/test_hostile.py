@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import limited, mutate, mutated_bytes, to_json
 from replaying import said
 from safetensors.torch import save_file
-from test_load import MOE, TINY, make_folder, make_tensors, write_json
+from test_load import MOE, TINY, make_folder, make_tensors, without, write_json
 
 from minihogwild import generate, text
 
@@ -174,6 +174,22 @@ def test_an_absurd_value_is_named_with_its_key(folder, key):
         assert f"config.json: {key} must be " in err or "config.json cannot be read: ValueError: Exceeds" in err, value
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", "warm"), ("top_k", 2.5), ("top_p", [0.9]), ("do_sample", 1), ("eos_token_id", "x")],
+)
+def test_absurd_values_in_generation_config(folder, key, value):
+    write_json(folder / "generation_config.json", {"do_sample": True, key: value})
+    err = assert_run_or_refused(folder)
+    assert f"generation_config.json: {key} " in err
+    assert repr(value) in err
+
+
+def test_more_heads_than_numbers_for_them(folder):
+    write_json(folder / "config.json", without(TINY, "head_dim") | {"hidden_size": 3})
+    assert "head_dim 0 " in assert_run_or_refused(folder)
+
+
 @pytest.mark.parametrize("key", LARGE)
 @pytest.mark.parametrize("others", [{}, dict.fromkeys(LARGE, 2**20)], ids=["alone", "with the others"])
 def test_the_largest_values_are_held_against_the_tensors(folder, key, others):
@@ -229,11 +245,12 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_template_that_attacks_is_ended(folder, monkeypatch, attack):
-    monkeypatch.setattr(text, "TEMPLATE_SECONDS", 1)
     template, culprit = ATTACKS[attack]
+    if "seconds" in culprit:
+        monkeypatch.setattr(text, "TEMPLATE_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)
     began = time.monotonic()
     err = assert_run_or_refused(folder)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert "the chat template fails: " in err
     assert culprit.lower() in err.lower()
