@@ -19,8 +19,8 @@ from .config import refusing, require
 from .replay import read_schedule, tensor_name
 
 
-def traits(schedule: dict) -> Iterator[tuple[int, set[str]]]:
-    """(index of the event, all that a kernel may get wrong in it) of each step."""
+def traits(schedule: dict) -> Iterator[tuple[int, list[str]]]:
+    """(index of the event, all that a kernel may get wrong in it, the plainest first) of each step."""
     lengths, moves = Counter(), Counter()  # of a block; how often tokens of it have been moved, at most
     emptied, just_moved = set(), False
     for index, event in enumerate(schedule["events"]):
@@ -56,7 +56,7 @@ def traits(schedule: dict) -> Iterator[tuple[int, set[str]]]:
             "a block that was emptied and is written anew": emptied & fed.keys(),
             **{f"a position past {2**n:,}": longest > 2**n + 1 for n in range(10, 18)},
         }
-        yield index, {trait for trait, holds in found.items() if holds}
+        yield index, [trait for trait, holds in found.items() if holds]
         just_moved = False
 
 
@@ -74,40 +74,46 @@ def difference(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def opened(path: Path) -> safe_open:
-    with refusing(path):
+    with refusing(f"{path} is not a file of logits"):
         return safe_open(path, "pt")
 
 
 def command(options: argparse.Namespace) -> int:
     require(options.tolerance >= 0, f"--tolerance {options.tolerance} is not 0 or more")
     schedule = read_schedule(options.schedule, sys.maxsize)
-    agreed, departure, rows = set(), None, []
-    print("event  worker         max    relative          KL  same argmax")
+    steps = {tensor_name(index): (index, found) for index, found in traits(schedule)}
     ours, theirs = opened(options.ours), opened(options.theirs)
-    names = set(ours.keys())
-    for index, found in traits(schedule):
-        if (name := tensor_name(index)) not in names:
+    for path, file in ((options.ours, ours), (options.theirs, theirs)):
+        others = sorted(set(file.keys()) - steps.keys())
+        require(not others, f"{path}: {', '.join(others[:3])} is no step of {options.schedule}")
+    agreed, departure, rows = set(), None, {}
+    for name, (index, found) in steps.items():
+        if name not in set(ours.keys()):  # only a part was replayed
             continue
         with refusing(f"{options.theirs} cannot be compared"):
-            a, b = ours.get_tensor(name), theirs.get_tensor(name)
-            right = a.shape == b.shape == (len(schedule["events"][index]["views"]), *a.shape[1:2])
-            require(right, f"{name} must be [workers, V]: ours is {list(a.shape)}, theirs {list(b.shape)}")
-            apart = difference(a, b)
-        for worker, (*numbers, same) in enumerate(apart.tolist()):
+            a, b, workers = ours.get_tensor(name), theirs.get_tensor(name), len(schedule["events"][index]["views"])
+            right = a.shape == b.shape == (workers, *a.shape[1:2]) and a.is_floating_point() and b.is_floating_point()
+            kinds = [f"{list(tensor.shape)} {str(tensor.dtype)[6:]}" for tensor in (a, b)]
+            require(right, f"{name} must be logits of [{workers}, V]: ours is {kinds[0]}, theirs {kinds[1]}")
+            rows[index] = difference(a, b)
+        if not departure and rows[index][:, 1].max() > options.tolerance:
+            departure = index, [trait for trait in found if trait not in agreed] or found
+        agreed |= set(found)
+    require(rows, f"{options.ours} has no step of this schedule")
+    print("event  worker         max    relative          KL  same argmax")
+    for index, row in rows.items():
+        for worker, (*numbers, same) in enumerate(row.tolist()):
             print(f"{index:5}  {worker:6}", *(f" {x:10.3e}" for x in numbers), " yes" if same else " NO")
-        if not departure and apart[:, 1].max() > options.tolerance:
-            departure = index, found - agreed or found
-        agreed |= found
-        rows.append(apart)
-    require(rows, "the files have no step of this schedule")
-    _, relative, _, same = torch.cat(rows).T
-    print(f"\n{len(rows)} steps: relative difference at most {relative.max():.3e}; same argmax: {same.mean():.2%}")
+    _, relative, _, same = torch.cat([*rows.values()]).T
+    print(f"\n{len(rows)} of {len(steps)} steps: relative difference at most {relative.max():.3e}; ", end="")
+    print(f"same argmax: {same.mean():.2%}")
     if not departure:
         print(f"They agree, to {options.tolerance:g}.")
         return 0
-    print(f"They depart at event {departure[0]}. New there, or else what it has:")
-    for trait in sorted(departure[1]):
-        print(f"- {trait}")
+    if departure[0] == min(rows):
+        print("Nothing agreed before: is it the model itself (weights, norms, frequencies, scale, order of heads)?")
+    print(f"They depart at event {departure[0]}. New there, or else what it has, the most special first:")
+    print(*(f"- {trait}" for trait in reversed(departure[1])), sep="\n")
     return 1
 
 

@@ -324,7 +324,7 @@ def read_prompt(given: str | None, default: str) -> str:
 def command(options: argparse.Namespace) -> int:
     for path, option, *others in ((options.json, "--json", options.record), (options.record, "--record")):
         if path:
-            require_writable(path, option, options.prompts, *others)
+            require_writable(path, option, options.prompts, *others, *Path(options.model).glob("*"))
     pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
     require(pace == 0 or 0.01 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none), or 0.01 or more")
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}

@@ -115,7 +115,8 @@ def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
 
 
 def command(options: argparse.Namespace) -> int:
-    require_writable(options.out, "--out", options.schedule)
+    require_writable(options.out, "--out", options.schedule, *Path(options.model).glob("*"))
+    require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     model = load(options.model, options.dtype, "cpu" if options.oracle else options.device)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
     events = schedule["events"]
@@ -138,7 +139,7 @@ def command(options: argparse.Namespace) -> int:
                 yield row.numpy().data
 
     write_whole(options.out, chunks())
-    print(f"{len(steps)} steps: {options.out}", file=sys.stderr)
+    print(f"steps: {len(steps)}, logits in {options.out}", file=sys.stderr)
     differ = [index for index in same if not same[index]]
     if same:
         alike = f"event {differ[0]} is the first to differ" if differ else "all as recorded, bit for bit"

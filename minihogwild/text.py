@@ -117,7 +117,6 @@ def chat_settings(folder: Path) -> tuple[dict[str, str], str | None]:
     with refusing(f"{path}: chat_template is neither text nor a list of texts by name"):
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        require(template is None or isinstance(template, str), repr(template))
     with refusing(f"{own_file} cannot be read"):
         if own_file.exists():
             template = own_file.read_text("utf-8")

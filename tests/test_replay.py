@@ -238,7 +238,7 @@ def test_events_are_limited_as_python_slices_are(tmp_path, given):
     start, stop = (int(end) if end else None for end in given.split(":"))
     assert sorted(found) == [f"step_{index:04}" for index in range(5)[start:stop] if index != 2]
     assert all(torch.equal(found[name], whole[name]) for name in found)
-    assert err.startswith(f"{len(found)} steps")
+    assert err.startswith(f"steps: {len(found)}, ")
 
 
 @pytest.mark.parametrize("given", ["", "3", "a:b", "1:2:1", "::", "1.5:", "1-2", "9" * 5000 + ":"])
@@ -388,6 +388,22 @@ def test_the_logits_are_not_written_over_the_schedule(tmp_path):
         assert (code, said) == (2, "")
         assert_one_line(err, "replay", "--out", "already")
         assert json.loads((tmp_path / "schedule.json").read_text()) == schedule(PROMPT)
+
+
+def test_the_logits_are_not_written_over_the_model(tmp_path):
+    save_model(tmp_path)
+    held = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "s.json").write_text(json.dumps(schedule(PROMPT)))
+    out = tmp_path / "model.safetensors"
+    assert said(replay.main, tmp_path / "s.json", "--model", tmp_path, "--out", out)[0] == 2
+    assert said(generate.main, "hi", "--model", tmp_path, "--max-steps", 1, "--json", out)[0] == 2
+    assert out.read_bytes() == held
+
+
+def test_the_oracle_runs_on_no_gpu(tmp_path):
+    code, out, err = replayed(tmp_path, schedule(PROMPT), "--oracle", "--device", "cuda", of=TINY)
+    assert (code, out) == (2, "")
+    assert_one_line(err, "replay", "--oracle", "cpu")
 
 
 @pytest.mark.parametrize("buffering", [-1, 0], ids=["told at the end", "told at once"])
