@@ -6,12 +6,13 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mode
 
 import torch
+from torch import Tensor
 
 from .cache import Cache
 from .commands import Parser, require_writable, run_command, write_whole
@@ -99,7 +100,11 @@ class Run:
         self.cache = Cache(model.config, blocks, model.dtype, model.device)
 
         self.forward_steps = self.finisher_steps = self.since_check = 0
-        self.logits: torch.Tensor | None = None  # [W, V], of the step that was last yielded
+        self.logits: Tensor | None = None  # [W, V], of the step that was last yielded
+        # The next step begins before the host has read what was drawn after the last one: a GPU need not wait.
+        self.ahead = model.device.type == "cuda" and (self.shared or workers == 1)
+        self.drawn = torch.zeros(workers, dtype=torch.int64, device=model.device)  # by worker; see `model.step`
+        self.outstanding: tuple | None = None  # a step that was not told yet
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
         self.stopped_by: str | None = None
 
@@ -114,9 +119,10 @@ class Run:
             raise RuntimeError("a Run runs once: make another")
         yield from self._prefill()
         yield from [self._begin(worker) for worker in self.workers]
-        while not (reason := self._reason_to_stop()):
+        while not self._reason_to_stop():
             yield from self._step()
-        self.stopped_by = reason
+        yield from self._learn()
+        self.stopped_by = self._reason_to_stop()
         yield from self._finish()
 
     def _prefill(self) -> Iterator[dict]:
@@ -132,43 +138,61 @@ class Run:
         steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
         steps.append([header for header in self.headers if header.pending])
         for writers in filter(None, steps):
-            yield self._feed(writers)
+            event, self.logits = self._feed(writers)
+            yield event
 
     def _step(self) -> Iterator[dict]:
         """One forward pass of all active workers, and what follows from it for each."""
         began = time.perf_counter()
         active = [worker for worker in self.workers if worker.active]
-        event = self._feed(active)
-        self.forward_steps += 1
-        events, rows = [], []
-        for row, worker in enumerate(active):
-            if worker.pending[-1] in self.model.eos and not worker.begins:
-                worker.active = False
-                events.append({"do": "retire", "worker": worker.name})
-                events += [self._move(worker)] if self.rules.moves_retired else []
-            elif self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1]):
-                events += [self._move(worker), self._begin(worker)]
-            else:
-                self.since_check += 1
-                rows.append(row)
-        if rows:
-            ids = sample(self.logits[rows], self.sampling, [active[row].random for row in rows])
-            for row, token in zip(rows, ids):
-                require(
-                    token >= 0,
-                    f"step {self.forward_steps}: {active[row].name}'s logits are NaN or infinite: try float32",
-                )
-                event["sampled"][row] = token
-                events += self._take(active[row], token)
+        event, logits = self._feed(active)
+        told = self._learn() if self.ahead else []  # of the step before, while a GPU computes this one
+        if not self._answered():  # else this step was in vain
+            self.forward_steps += 1
+            follows, rows = [], []
+            for row, worker in enumerate(active):
+                if worker.pending[-1] in self.model.eos and not worker.begins:
+                    worker.active = False
+                    follows.append({"do": "retire", "worker": worker.name})
+                    follows += [self._move(worker)] if self.rules.moves_retired else []
+                elif self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1]):
+                    follows += [self._move(worker), self._begin(worker)]
+                else:
+                    self.since_check += 1
+                    rows.append(row)
+            drawing = [active[row] for row in rows]
+            ids = self._draw(logits if len(rows) == len(active) else logits[rows], drawing) if rows else list
+            self.outstanding = event, logits, follows, rows, drawing, ids
+            told = told if self.ahead else self._learn()
         self.seconds += time.perf_counter() - began
-        yield event
-        yield from events
+        yield from told
 
-    def _feed(self, writers: list[Writer]) -> dict:
-        """Feed what each writer has pending. Returns the event; what is sampled from the logits is yet to be put in."""
+    def _draw(self, logits: Tensor, workers: list[Writer]) -> Callable[[], list[int]]:
+        """Sample the workers' next tokens. They may be fed before the host knows them; the result waits for them."""
+        ids = sample(logits, self.sampling, [worker.random for worker in workers])
+        slots = [self.workers.index(worker) for worker in workers]
+        for worker, slot in zip(workers, slots):
+            worker.pending, worker.begins = [-1 - slot], False
+        self.drawn[torch.tensor(slots).to(ids.device, non_blocking=True)] = ids
+        return to_host(ids)
+
+    def _learn(self) -> list[dict]:
+        """The last step's events, with the tokens that were drawn after it; none where they have been told."""
+        if not self.outstanding:
+            return []
+        (event, self.logits, follows, rows, workers, ids), self.outstanding = self.outstanding, None
+        for row, worker, token in zip(rows, workers, ids()):
+            unsound = f"step {self.forward_steps}: {worker.name}'s logits are NaN or infinite: try float32"
+            require(token >= 0, unsound)
+            event["sampled"][row] = worker.pending[0] = token  # where it has been fed already, also in that event
+            follows += self._take(worker, token)
+        return [event, *follows]
+
+    def _feed(self, writers: list[Writer]) -> tuple[dict, Tensor]:
+        """Feed what each writer has pending. Returns the event (what is sampled is yet to be put in) and the logits."""
         views, tokens = [writer.view for writer in writers], [writer.pending for writer in writers]
-        self.logits = step(views, tokens, self.model.weights, self.model.config, self.cache)
-        return {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}
+        logits = step(views, tokens, self.model.weights, self.model.config, self.cache, self.drawn)
+        return {"do": "step", "views": views, "tokens": tokens, "sampled": [None] * len(views)}, logits
 
     def _begin(self, worker: Writer) -> dict:
         """Queue the prefix of the worker's next paragraph."""
@@ -185,8 +209,7 @@ class Run:
         return {"do": "begin", "worker": worker.name, "text": text}
 
     def _take(self, writer: Writer, token: int) -> list[dict]:
-        """Give a writer the token sampled for it, to be fed in the next step."""
-        writer.pending, writer.begins = [token], False
+        """Give a writer the token that was sampled for it."""
         writer.token_ids.append(token)
         writer.tokens += 1
         text = writer.stream.next(token)
@@ -200,10 +223,16 @@ class Run:
         self.cache.move(worker.name, COMMON)
         return {"do": "move", "from": worker.name, "to": COMMON}
 
-    def _reason_to_stop(self) -> str | None:
+    def _answered(self) -> bool:
+        """Is the problem solved? Where the workers are independent, each is to have its answer, or to have retired."""
         answered = any(worker.answer for worker in self.workers)
-        if (answered and self.shared) or not any(worker.active for worker in self.workers):
-            return "answer" if answered else "retired"
+        return answered and (self.shared or not any(worker.active for worker in self.workers))
+
+    def _reason_to_stop(self) -> str | None:
+        if self._answered():
+            return "answer"
+        if not any(worker.active for worker in self.workers):
+            return "retired"
         if self.forward_steps >= self.max_steps:
             return "steps"
         return "context" if self._outgrows(self.cache.lengths) else None
@@ -230,11 +259,12 @@ class Run:
             yield {"do": "text", "worker": finisher.name, "text": self.words.cue}
         feeding = [worker for worker in self.workers if worker.active and not worker.begins] + writing
         while writing:
-            event = self._feed(feeding)
+            event, self.logits = self._feed(feeding)
             self.finisher_steps += 1
             event["sampled"][-len(writing) :] = ids = self.logits[-len(writing) :].argmax(-1).tolist()
             yield event
             for finisher, token in zip(writing, ids):
+                finisher.pending = [token]
                 yield from self._take(finisher, token)
                 ended = token in self.model.eos or finisher.tokens == FINISHER_TOKENS
                 finisher.active = not (ended or finisher.answer)
@@ -254,6 +284,17 @@ class Run:
             for writer in result[kind]:
                 writer["text"] = self.model.tokenizer.decode(writer["token_ids"])
         return result
+
+
+def to_host(ids: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy ids to the host. The result waits for them alone, not for what the GPU is given to do next."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    host = torch.empty_like(ids, device="cpu", pin_memory=True)
+    host.copy_(ids, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return lambda: done.synchronize() or host.tolist()
 
 
 # ---- the command

@@ -54,10 +54,23 @@ def mixture(x: Tensor, layer: Layer, config: Config) -> Tensor:
     return mixed.to(x.dtype)
 
 
-def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache) -> Tensor:
-    """`forward` for lists: worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V]."""
+def step(
+    views: list[list[str]],
+    tokens: list[list[int]],
+    weights: Weights,
+    config: Config,
+    cache: Cache,
+    drawn: Tensor | None = None,
+) -> Tensor:
+    """`forward` for lists: worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V].
+
+    A negative id, -1 - n, stands for drawn[n], which the device knows and the host need not wait for.
+    """
     plan = cache.extend(views, [len(ids) for ids in tokens])
-    flat = torch.tensor([token for ids in tokens for token in ids], device=cache.device)
+    given = [token for ids in tokens for token in ids]
+    flat = torch.tensor(given).to(cache.device, non_blocking=True)
+    if min(given) < 0:
+        flat = flat.where(flat >= 0, drawn[(-1 - flat).clamp_min(0)]).clamp_min(0)  # -1 was drawn from NaN
     # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
     nbytes = 4 * config.num_attention_heads * plan.mask.nbytes
     with allocating(nbytes, f"a step of {len(flat)} tokens", cache.device):

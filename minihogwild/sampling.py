@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .config import require
 
@@ -24,20 +25,21 @@ class Sampling:
         require(0 <= m <= 1, f"min_p is {m}: it must be from 0 (off) to 1")
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
-    """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator).
+def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> Tensor:
+    """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator): [W] int64.
 
     -1 where a logit is NaN or inf: told with the ids, so that a GPU is not waited for twice.
     """
     sound = (logits < torch.inf).all(-1)
     if sampling.temperature == 0:
-        return logits.argmax(-1).where(sound, -1).tolist()
+        return logits.argmax(-1).where(sound, -1)
     V = logits.shape[-1]
     top, ids = logits.float().topk(min(sampling.top_k or V, V))  # likeliest first
     p = ((top - top[:, :1]) / max(sampling.temperature, 1e-30)).softmax(-1)  # the smallest would be 0 in float32
     p = p.where((p.cumsum(-1) - p < sampling.top_p) & (p >= sampling.min_p * p[:, :1]), 0)
     reached = p.cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=stream) for stream in streams]).to(logits.device)
+    drawn = torch.stack([torch.rand(1, generator=stream) for stream in streams])
+    drawn = drawn.to(logits.device, non_blocking=True)
     choice = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
     choice = choice.minimum((p > 0).sum(-1, True) - 1)  # should the product round up to the sum
-    return ids.gather(-1, choice.clamp(min=0))[:, 0].where(sound, -1).tolist()
+    return ids.gather(-1, choice.clamp(min=0))[:, 0].where(sound, -1)

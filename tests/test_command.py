@@ -73,7 +73,7 @@ def script(model, monkeypatch) -> Callable[..., None]:
                         stream,
                         itertools.chain(next(scripts), itertools.repeat(ids_of(model, "x")[0])),
                     )
-            return [next(writing[id(stream)][1]) for stream in streams]
+            return torch.tensor([next(writing[id(stream)][1]) for stream in streams])
 
         monkeypatch.setattr(generate, "sample", sample)
 

@@ -128,10 +128,15 @@ def record(
     finisher: list[int] | dict[str, list[int]] | None = None,
     problem: str = PROBLEM,
     prompts: Prompts = WORDS,
+    ahead: bool = False,
     **options,
 ) -> Record:
-    """Run to the end. Worker w writes `scripts[w]`, then x for ever, and a finisher what is given: each its own."""
+    """Run to the end. Worker w writes `scripts[w]`, then x for ever, and a finisher what is given: each its own.
+
+    `ahead`: each step begins before the tokens drawn after the one before are read, as on a GPU.
+    """
     run = Run(model, problem, workers, layout, prompts=prompts, **options)
+    run.ahead = ahead and (run.shared or workers == 1)
     seen = Record(run)
     views_now: list[list[str]] = []
     extend, forward, sample = run.cache.extend, transformer.forward, generate.sample
@@ -158,7 +163,7 @@ def record(
         assert sampling == run.sampling
         assert len(logits) == len(streams)
         seen.given.append(logits.clone())
-        return [next(texts[id(s)]) for s in streams] if scripts else sample(logits, sampling, streams)
+        return torch.tensor([next(texts[id(s)]) for s in streams]) if scripts else sample(logits, sampling, streams)
 
     run.cache.extend = spying_extend
     with pytest.MonkeyPatch.context() as patch:
@@ -319,12 +324,13 @@ some_scripts = st.lists(st.lists(pieces, max_size=14), min_size=1, max_size=4)
     texts=some_scripts,
     max_steps=st.integers(1, 25),
     check_after=st.integers(0, 30),
+    ahead=st.booleans(),
 )
-def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, check_after):
+def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, check_after, ahead):
     scripts = [ids_of(model, *text) for text in texts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "CHECK_AFTER", check_after)
-        seen = record(model, len(scripts), layout, scripts, max_steps=max_steps)
+        seen = record(model, len(scripts), layout, scripts, max_steps=max_steps, ahead=ahead)
     schedule, stopped_by, forward_steps = restated(model, layout, scripts, max_steps, check_after)
     assert as_tuples(seen.schedule) == schedule
     assert (seen.run.stopped_by, seen.run.forward_steps, seen.run.finisher_steps) == (stopped_by, forward_steps, 0)
@@ -336,6 +342,43 @@ def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, 
         if token is not None
     ]
     assert torch.equal(torch.stack(rows), torch.cat(seen.given))
+
+
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+@pytest.mark.parametrize("texts", [["a.\n\n", "b \\boxed{1}"], ["a", END], ["x"]], ids=["answer", "end", "steps"])
+def test_a_step_ahead_tells_the_same_in_the_same_order(model, layout, texts):
+    for workers in (1, 3):
+        scripts = [ids_of(model, *texts) for _ in range(workers)]
+        told = [record(model, workers, layout, scripts, max_steps=40, ahead=ahead) for ahead in (False, True)]
+        assert told[0].events == told[1].events
+        results = [{**seen.run.summary(), "seconds": 0, "ms_per_step": 0, "tokens_per_second": 0} for seen in told]
+        assert results[0] == results[1]
+        # A step is in vain where the answer is found when it has begun, and no other
+        vain = told[1].run.ahead and told[1].run.stopped_by == "answer"
+        assert len(told[1].logits) - len(told[0].logits) == vain
+
+
+def test_a_step_ahead_begins_before_the_last_tokens_are_read(model, monkeypatch):
+    order = []
+    forward, to_host = transformer.forward, generate.to_host
+
+    def logged(ids):
+        n = len(order)
+        read = to_host(ids)
+        return lambda: order.append(f"read {n}") or read()
+
+    monkeypatch.setattr(transformer, "forward", lambda *arguments: order.append("step") or forward(*arguments))
+    monkeypatch.setattr(generate, "to_host", logged)
+    for ahead, expected in (
+        (False, ["step", "read", "step", "read"]),
+        (True, ["step", "step", "read", "step", "read"]),
+    ):
+        run = Run(model, PROBLEM, 2, "interleaved", prompts=WORDS, max_steps=5)
+        run.ahead = ahead
+        order.clear()
+        list(run)
+        after_the_prompt = [what.split()[0] for what in order[1:]]
+        assert " ".join(after_the_prompt).startswith(expected)
 
 
 # ---- what a run consists of

@@ -515,7 +515,7 @@ def script(tiny, monkeypatch) -> None:
 
     def sample(logits, sampling, streams):
         first.append(streams[0])
-        return [next(text) if stream is first[0] else ids[0] for stream in streams]
+        return torch.tensor([next(text) if stream is first[0] else ids[0] for stream in streams])
 
     monkeypatch.setattr(generate, "sample", sample)
 

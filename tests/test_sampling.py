@@ -9,7 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minihogwild import InputError, Sampling, sample
+import minihogwild
+from minihogwild import InputError, Sampling
+
+
+def sample(*arguments: object) -> list[int]:
+    return minihogwild.sample(*arguments).tolist()
 
 
 def streams(count: int, seed: int = 0) -> list[torch.Generator]:
