@@ -369,10 +369,7 @@ def test_a_step_ahead_begins_before_the_last_tokens_are_read(model, monkeypatch)
 
     monkeypatch.setattr(transformer, "forward", lambda *arguments: order.append("step") or forward(*arguments))
     monkeypatch.setattr(generate, "to_host", logged)
-    for ahead, expected in (
-        (False, ["step", "read", "step", "read"]),
-        (True, ["step", "step", "read", "step", "read"]),
-    ):
+    for ahead, expected in ((False, "step read step read"), (True, "step step read step read")):
         run = Run(model, PROBLEM, 2, "interleaved", prompts=WORDS, max_steps=5)
         run.ahead = ahead
         order.clear()
