@@ -1,6 +1,7 @@
 """Time per decode step: W workers over one common prompt, against transformers' cached decode of W such sequences.
 
-Both run in one process and take turns, so that a busy machine slows both. The last line is one JSON object.
+And against the linear reference: every weight matrix times one row, nothing else. All three run in one process and
+take turns, so that a busy machine slows all. Ratios are medians too. The last line is one JSON object.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from minihogwild import Cache, Model, forward, load
@@ -38,21 +40,25 @@ def main() -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).eval()
     floor = 1e3 * sum(parameter.nbytes for parameter in theirs.parameters()) / copy_speed()
     print(f"{Path(folder).name}, {options.dtype}, prompt of {PROMPT} tokens, medians of {options.steps} steps")
-    print(f"to read the weights once, at copy speed: {floor:.1f} ms\n\nworkers   minihogwild   transformers   ratio")
+    print(f"to read the weights once, at copy speed: {floor:.1f} ms\n")
+    print("workers   minihogwild   transformers   ratio   linear reference   ratio")
     results = []
     for workers in (1, 2, 4):
-        pairs = measure(ours, theirs, workers, options.steps)
-        our_ms, their_ms = (1e3 * median(column) for column in zip(*pairs))
-        ratio = median(our / their for our, their in pairs)
-        print(f"{workers:7} {our_ms:10.1f} ms {their_ms:11.1f} ms {ratio:7.2f}", flush=True)
-        rounded = [round(number, 3) for number in (workers, our_ms, their_ms, ratio)]
-        results.append(dict(zip(("workers", "ms", "transformers_ms", "ratio"), rounded)))
+        seconds = measure(ours, theirs, workers, options.steps)
+        our, their, linear = (1e3 * median(column) for column in zip(*seconds))
+        to_theirs, to_linear = (median(step[0] / step[n] for step in seconds) for n in (1, 2))
+        print(
+            f"{workers:7} {our:10.1f} ms {their:11.1f} ms {to_theirs:7.2f} {linear:15.1f} ms {to_linear:7.2f}", flush=True
+        )
+        names = ("workers", "ms", "transformers_ms", "ratio", "linear_ms", "linear_ratio")
+        numbers = (workers, our, their, to_theirs, linear, to_linear)
+        results.append({name: round(number, 3) for name, number in zip(names, numbers)})
     print(json.dumps({**vars(options), "model": Path(folder).name, "prompt": PROMPT, **machine, "results": results}))
 
 
 @torch.inference_mode()
-def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, float]]:
-    """(our seconds, theirs) of each decode step."""
+def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, float, float]]:
+    """(our seconds, theirs, the linear reference's) of each decode step."""
     prompt = torch.randint(ours.config.vocab_size, (PROMPT,))
     names = [f"worker {w}" for w in range(workers)]
     views = [["prompt", *(name for name in names if name != own), own] for own in names]
@@ -61,16 +67,19 @@ def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, 
         forward(chunk, ours.weights, ours.config, cache, cache.extend([["prompt"]], [len(chunk)]))
     theirs(prompt[None], past_key_values=past, logits_to_keep=1)
     past.batch_repeat_interleave(workers)
+    layers = [matrix for layer in ours.weights.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    rows = [(torch.randn(1, matrix.shape[1], dtype=ours.dtype), matrix) for matrix in (*layers, ours.weights.head)]
     step = {
         "ours": lambda: forward(tokens, ours.weights, ours.config, cache, cache.extend(views, [1] * workers)),
         "theirs": lambda: theirs(tokens[:, None], past_key_values=past),
+        "linear": lambda: [F.linear(*pair) for pair in rows],
     }
-    pairs = []
+    times = []
     for n in range(steps):
         tokens = torch.randint(ours.config.vocab_size, (workers,))
         seconds = {who: timeit.timeit(step[who], number=1) for who in sorted(step, reverse=n % 2 == 0)}
-        pairs.append((seconds["ours"], seconds["theirs"]))
-    return pairs
+        times.append(tuple(seconds[who] for who in step))
+    return times
 
 
 def copy_speed() -> float:
