@@ -257,11 +257,16 @@ def empty_weights(
 
 
 def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch.device, model="the model") -> Weights:
-    """Fill Weights from a folder's safetensors: each tensor is read once, straight to its place."""
-    found: dict[str, tuple[Path, list[int]]] = {}  # name of a tensor -> its file and shape
+    """Fill Weights from a folder's safetensors: each file is opened once, each tensor goes straight to its place."""
+    found: dict[str, tuple[Path, safe_open, list[int]]] = {}  # name of a tensor -> its file, also opened, and shape
     for path in safetensors_files(folder):
-        for name, shape in shapes_in(path).items():
-            first, _ = found.setdefault(name, (path, shape))
+        with refusing(f"{path} cannot be read"):
+            file = safe_open(path, framework="pt")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            for name, part in slices.items():
+                require(part.get_dtype() in STORED, f"{name} is {part.get_dtype()}, none of {', '.join(STORED)}")
+        for name, part in slices.items():
+            first, *_ = found.setdefault(name, (path, file, part.get_shape()))
             require(first is path, f"{path.name}: tensor {name} stands in {first.name} too")
     # Not parameters: Llama 2's saved rotary frequencies, and the head that a tied model shares with its embedding.
     found = {name: where for name, where in found.items() if not name.endswith(".rotary_emb.inv_freq")}
@@ -275,31 +280,18 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     require(not missing, f"the checkpoint lacks {some(missing)}")
     require(not unknown, f"the checkpoint has tensors that this architecture does not know: {some(unknown)}")
-    for name, (path, shape) in found.items():
+    for name, (path, _, shape) in found.items():
         right = list(expected[name].shape)
         require(shape == right, f"{path.name}: {name} has shape {shape}, not {right}")
 
     nbytes = sum(tensor.nbytes for tensor in expected.values())
     with allocating(nbytes, f"{model}'s weights in {str(dtype)[6:]}", device):
         weights, parts = empty_weights(config, dtype, device, *optional)
-    for name, part in parts.items():
-        part.copy_(read(found[name][0], name))
-    same = not shared_head or torch.equal(read(shared_head[0], "lm_head.weight").to(weights.head), weights.head)
+    for name, (_, file, _) in found.items():
+        parts[name].copy_(file.get_tensor(name))
+    same = not shared_head or torch.equal(shared_head[1].get_tensor("lm_head.weight").to(weights.head), weights.head)
     require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return weights
-
-
-def shapes_in(path: Path) -> dict[str, list[int]]:
-    with refusing(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, part in slices.items():
-            require(part.get_dtype() in STORED, f"{name} is {part.get_dtype()}, none of {', '.join(STORED)}")
-        return {name: part.get_shape() for name, part in slices.items()}
-
-
-def read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def some(names: set[str]) -> str:
