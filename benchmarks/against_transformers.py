@@ -48,7 +48,8 @@ def main() -> None:
         our, their, linear = (1e3 * median(column) for column in zip(*seconds))
         to_theirs, to_linear = (median(step[0] / step[n] for step in seconds) for n in (1, 2))
         print(
-            f"{workers:7} {our:10.1f} ms {their:11.1f} ms {to_theirs:7.2f} {linear:15.1f} ms {to_linear:7.2f}", flush=True
+            f"{workers:7} {our:10.1f} ms {their:11.1f} ms {to_theirs:7.2f} {linear:15.1f} ms {to_linear:7.2f}",
+            flush=True,
         )
         names = ("workers", "ms", "transformers_ms", "ratio", "linear_ms", "linear_ratio")
         numbers = (workers, our, their, to_theirs, linear, to_linear)

@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub  # imports what is asked of it, and only then
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def fetch(name: str) -> Path:
     """The local folder of that name, or the downloaded hub repository."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"):
         folder = Path(name).expanduser()
-        return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=FILES))
+        return folder if folder.is_dir() else Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
 
 
 # ---- config.json

@@ -409,7 +409,7 @@ def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
     def refuse(*_, **__):
         raise OSError("404: no nobody/nothing\nMore about this at ...")
 
-    monkeypatch.setattr(sys.modules["minihogwild.load"], "snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     code, out, err = command("hi", "--model", "nobody/nothing")
     assert (code, out) == (2, "")
     assert_one_line(err, "nobody/nothing")

@@ -1091,7 +1091,7 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Path | BaseException):
         self.answer = answer
         self.calls = []
-        monkeypatch.setattr(loading, "snapshot_download", self.download)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
 
     def download(self, repo_id: str, **options) -> str:
         self.calls.append((repo_id, options))
