@@ -3,7 +3,8 @@
 The generation loop is `minihogwild.generate.Run`; it is not imported here, since that module is also the command.
 """
 
-from .cache import Cache, Plan
+from .attention import Plan
+from .cache import Cache
 from .config import Config, InputError, Layer, Rope, Weights
 from .load import Model, load
 from .model import forward

@@ -16,12 +16,15 @@ rows, whoever they belong to: page by page with the query for that page's block,
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import Plan
 from .config import Config, require
 from .memory import allocating
 from .rope import attention_factor, inverse_frequencies, rotate, rotation
@@ -29,34 +32,29 @@ from .rope import attention_factor, inverse_frequencies, rotate, rotation
 PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that one step needs to know about positions: made once by `Cache.extend`, used by every layer.
-
-    B counts the blocks in this step's views, P the pages from the pool's start to the last one in use.
-    """
-
-    offset: Tensor  # [T, B] int64
-    visible: Tensor  # [T, B] int64
-    last: Tensor  # [W] int64: the row of each worker's last token
-    slot: Tensor  # [T] int64: where in the pool each new token goes: page * PAGE + place
-    page: Tensor  # [T] int64
-    place: Tensor  # [T] int64
-    page_column: Tensor  # [P] int64: the column b of the block that owns the page
-    key_rotation: Tensor  # [2, T, 1, D], cos and sin: by the index in the own block
-    query_rotation: Tensor  # [2, T, B, 1, D]: by position - offset
-    mask: Tensor  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere
-
-
 class Cache:
     """Keys and values of all blocks, for all layers."""
 
-    def __init__(self, config: Config, blocks: list[str], dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        config: Config,
+        blocks: list[str],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        static: bool | None = None,  # plans of decode steps stay in place, as CUDA graphs need; None: on CUDA
+    ):
         require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
         self.scale = attention_factor(config.rope) ** 2 / config.head_dim**0.5
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self.frequencies = inverse_frequencies(config.rope, config.head_dim)  # in float64, which MPS lacks
+        self.frequencies = self.frequencies.to("cpu" if self.device.type == "mps" else device)
+        cuda = self.device.type == "cuda"
+        self.static = cuda if static is None else static
+        fused = cuda and dtype.itemsize <= 4 and find_spec("triton")
+        self.ops = import_module(".kernels" if fused else ".attention", __package__)  # `linear` and `attend`
+        self.buffers: dict[int, Tensor] = {}  # static plans, packed, by T
+        self.graphs: dict[int, tuple] = {}  # of recorded steps, by T (`model.decode`); with the pool's size, both end
         self.lengths = {block: 0 for block in blocks}
         self.pages: dict[str, list[int]] = {block: [] for block in blocks}
         self.free: list[int] = []  # pages, lowest first, so that the pool stays dense at its start
@@ -74,7 +72,9 @@ class Cache:
         """
         check_step(views, counts, self.lengths)
         slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
-        columns = {block: b for b, block in enumerate(dict.fromkeys(block for view in views for block in view))}
+        static = self.static and max(counts) == 1
+        blocks = self.lengths if static else dict.fromkeys(block for view in views for block in view)
+        columns = {block: b for b, block in enumerate(blocks)}
         starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
         offset = torch.tensor([[start.get(block, 0) for block in columns] for start in starts])
         visible = torch.tensor([[self.lengths[block] * (block in start) for block in columns] for start in starts])
@@ -83,58 +83,32 @@ class Cache:
         # From a row for each worker to a row for each token: they differ in the index in the own block.
         repeats = torch.tensor(counts)
         offset, visible, own = (table.repeat_interleave(repeats, 0) for table in (offset, visible, own))
-        ends = [self.lengths[view[-1]] for view in views]
-        index = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts)])
-        rows = torch.arange(len(index))
-        visible[rows, own] = index + 1
-        distance = offset[rows, own, None] + index[:, None] - offset  # [T, B]: from a block's start to the row
+        last = repeats.cumsum(0) - 1
+        rows = torch.arange(len(own))
+        visible[rows, own] -= last.repeat_interleave(repeats) - rows
 
-        P = 1 + max(page for block in columns for page in self.pages[block])
-        page_column = torch.zeros(P, dtype=torch.int64)
-        first = torch.full((P,), torch.iinfo(torch.int32).max)  # of other blocks' pages, more than any row may see
+        pages = 1 + max(page for block in columns for page in self.pages[block])
+        page_column = torch.zeros(len(self.keys[0]) if static else pages, dtype=torch.int64)
+        page_first = torch.full_like(page_column, torch.iinfo(torch.int32).max)
         for block, b in columns.items():
             page_column[self.pages[block]] = b
-            first[self.pages[block]] = torch.arange(len(self.pages[block])) * PAGE
-        seen = first[:, None] + torch.arange(PAGE) < visible[:, page_column, None]  # [T, P, PAGE]
-        plan = Plan(
-            offset,
-            visible,
-            last=repeats.cumsum(0) - 1,
-            slot=slot,
-            page=slot // PAGE,
-            place=slot % PAGE,
-            page_column=page_column,
-            key_rotation=rotation(index[:, None], self.frequencies, self.compute_dtype),
-            query_rotation=rotation(distance[:, :, None], self.frequencies, self.compute_dtype),
-            mask=torch.zeros(seen.shape, dtype=self.compute_dtype).masked_fill_(~seen, -torch.inf)[:, None],
-        )
-        return Plan(*(tensor.to(self.device) for tensor in vars(plan).values()))
+            page_first[self.pages[block]] = torch.arange(len(self.pages[block])) * PAGE
+        tables = [offset, visible, own, slot, last, page_column, page_first, torch.tensor([pages])]
+        return Plan(*self._send(tables, static))
 
-    def append(self, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
-        """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
-        k = rotate(k.to(self.compute_dtype), *plan.key_rotation)
-        self.keys[layer][plan.page, :, plan.place] = k.to(self.dtype)
-        self.values[layer].index_copy_(1, plan.slot, v.transpose(0, 1).to(self.dtype))
-
-    def attend(self, layer: int, q: Tensor, plan: Plan) -> Tensor:
-        """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
-
-        Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it.
-        """
-        T, H, D = q.shape
-        P, K = len(plan.page_column), self.config.num_key_value_heads
-        keys = self.keys[layer][:P].to(self.compute_dtype).view(P * K, PAGE, D)
-        values = self.values[layer][:, : P * PAGE].to(self.compute_dtype)  # [K, P PAGE, D]
-        queries = rotate(q.to(self.compute_dtype)[:, None], *plan.query_rotation)  # [T, B, H, D]
-        # Each page's own query: the one that is rotated for the page's block
-        queries = queries.view(T, -1, K, H // K, D).permute(1, 2, 0, 3, 4)[plan.page_column]  # [P, K, T, G, D]
-        scores = torch.bmm(queries.reshape(P * K, -1, D), keys.mT)  # [P K, T G, PAGE]
-        del queries  # the largest of all where many tokens are prefilled
-        scores = scores.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-        scores = torch.add(plan.mask, scores, alpha=self.scale)
-        weights = scores.flatten(3).softmax(-1)  # [K, T, G, P PAGE]: over all blocks together
-        mixed = torch.bmm(weights.flatten(1, 2), values)  # [K, T G, D]
-        return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
+    def _send(self, tables: list[Tensor], static: bool) -> list[Tensor]:
+        """The tables on the cache's device, in one transfer that nothing waits for; static ones always in one place."""
+        parts = [F.pad(table.flatten(), (0, table.numel() % 2)) for table in tables]  # each begins at 16 bytes
+        packed = torch.cat(parts)
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()  # a fresh one: the last step's may still be on its way
+        if static:
+            T = len(tables[0])
+            if T not in self.buffers:
+                self.buffers[T] = torch.empty_like(packed, device=self.device)
+            packed = self.buffers[T].copy_(packed, non_blocking=True)
+        packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
+        return [part[: table.numel()].view(table.shape) for part, table in zip(packed, tables)]
 
     @torch.no_grad()
     def move(self, source: str, target: str) -> None:
@@ -145,7 +119,7 @@ class Cache:
         check_move(source, target, self.lengths)
         count, at = self.lengths[source], self.lengths[target]
         old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
-        turn = rotation(torch.tensor(at), self.frequencies, self.compute_dtype).to(self.device)
+        turn = rotation(torch.tensor(at, device=self.device), self.frequencies, self.compute_dtype)
         for keys, values in zip(self.keys, self.values):
             moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
             keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)
@@ -179,6 +153,7 @@ class Cache:
                 self.keys[layer] = torch.cat((keys, keys.new_zeros(new, K, PAGE, D)))
                 self.values[layer] = torch.cat((values, values.new_zeros(K, new * PAGE, D)), 1)
         self.free += range(old, old + new)  # higher than all of them
+        self.buffers, self.graphs = {}, {}
 
 
 def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str]) -> None:

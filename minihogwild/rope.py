@@ -62,9 +62,9 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tens
 
     The product is taken in float64: in float32 the angle at position 131,072 is off by 0.005 rad.
     """
-    angles = positions.to(torch.float64)[..., None] * frequencies
+    angles = positions.to(frequencies)[..., None] * frequencies  # where they are: not every device has float64
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(positions.device, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

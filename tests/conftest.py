@@ -9,6 +9,7 @@ import torch
 hypothesis.settings.register_profile("minihogwild", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("minihogwild")
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from util import config
 
 from minihogwild import Cache, InputError
+from minihogwild.attention import append, look
 from minihogwild.rope import rotate, rotation
 
 SHAPE = config("llama3", heads=2, kv_heads=1, head_dim=4, layers=2)
@@ -53,8 +54,9 @@ class CacheMachine(RuleBasedStateMachine):
         plan = self.cache.extend(views, counts)
         written = [[self.token() for _ in range(count)] for count in counts]
         keys, values = torch.stack([token for tokens in written for token in tokens], 2)  # [L, T, K, D] each
+        sight = look(plan, self.cache.frequencies, self.page, torch.float64)
         for layer in range(L):
-            self.cache.append(layer, keys[layer], values[layer], plan)
+            append(self.cache.keys[layer], self.cache.values[layer], keys[layer], values[layer], plan, sight)
         for own, tokens in zip(owns, written):
             self.blocks[own] += tokens
         self.check_tables(plan, views, counts)
@@ -162,6 +164,19 @@ def test_the_pool_grows_by_doubling_and_stays_near_what_is_needed():
         assert after <= 2.2 * 2 * n or after <= 4 * 64  # two blocks of a page or two, at the start
     assert len(sizes) <= 8
     assert copied <= after
+
+
+def test_static_plans_stay_in_place_while_texts_grow():
+    """What a recorded graph reads: the same addresses and shapes, new numbers, until the pool itself is another."""
+    cache = Cache(SHAPE, BLOCKS, torch.float32, static=True)
+    cache.extend([["a"]], [1000])
+    places, sizes = set(), set()
+    for n in range(1, 1500):
+        plan = cache.extend([["a", "b"], ["b", "a", "c"]], [1, 1])
+        places.add(tuple((table.data_ptr(), table.shape) for table in vars(plan).values()))
+        sizes.add(len(cache.keys[0]))
+        assert plan.visible.tolist() == [[1000, n, 0, 0], [1000, n, n, 0]]
+    assert len(places) == len(sizes) > 1
 
 
 def test_a_step_that_fails_for_memory_says_what_was_asked(monkeypatch):

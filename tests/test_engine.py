@@ -22,8 +22,8 @@ from util import (
     tokens,
 )
 
+from minihogwild import Cache, attention, model
 from minihogwild.config import Layer
-from minihogwild.model import mixture
 from minihogwild.oracle import Oracle
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -31,10 +31,10 @@ pages = st.sampled_from([2, 5, 64])  # small pages, so that short texts cross th
 many = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-def compare(shape, weights, blocks, events, page, narrow=0.0) -> float:
+def compare(shape, weights, blocks, events, page, narrow=0.0, static=False) -> float:
     """Passes by schedules in which a token's choice of experts is so narrow that rounding could decide it."""
     with patch("minihogwild.cache.PAGE", page):
-        ours = list(run(Engine(shape, weights, blocks), events))
+        ours = list(run(Engine(shape, weights, blocks, static), events))
     oracle = WatchedOracle(shape, weights, blocks)
     theirs = list(run(oracle, events))
     if shape.sparse_layers:
@@ -50,12 +50,13 @@ def test_engine_equals_oracle(dtype, data):
     shape, (blocks, events) = data.draw(configs()), data.draw(schedules())
     biases, qk_norms, seed = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(0, 99))
     weights = random_weights(shape, dtype, seed, biases, qk_norms)
-    page, tolerance = data.draw(pages), TOLERANCE[dtype]
-    assert compare(shape, weights, blocks, events, page, narrow=10 * tolerance) <= tolerance
+    page, static, tolerance = data.draw(pages), data.draw(st.booleans()), TOLERANCE[dtype]
+    assert compare(shape, weights, blocks, events, page, 10 * tolerance, static) <= tolerance
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_engine_equals_oracle_over_many_pages_and_moves(rope):
+def test_engine_equals_oracle_over_many_pages_and_moves(rope, static):
     shape = config(rope)
     weights = random_weights(shape)
     random = torch.Generator().manual_seed(1)
@@ -66,10 +67,10 @@ def test_engine_equals_oracle_over_many_pages_and_moves(rope):
     events = [step((["common"], some(150)))]
     for n in range(80):
         views = ["common", "b", "c", "a"], ["common", "c", "a", "b"], ["common", "a", "b", "c"]
-        events.append(step(*((view, some(1 + (n + w) % 3)) for w, view in enumerate(views))))
+        events.append(step(*((view, some(1 + (n + w) % 3 * (n % 2))) for w, view in enumerate(views))))
         if n % 9 == 8:
             events.append({"do": "move", "from": "abc"[n % 3], "to": "common"})
-    assert compare(shape, weights, ["common", "a", "b", "c"], events, 64) <= 1e-9
+    assert compare(shape, weights, ["common", "a", "b", "c"], events, 64, static=static) <= 1e-9
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -162,6 +163,16 @@ def test_a_move_equals_writing_there_in_the_first_place_where_contents_do_not_de
     assert relative_difference(moved, whole) <= 1e-9
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_tokens_may_be_such_as_only_the_device_knows(static):
+    shape, views = config(), [["a", "b"], ["b", "a"]]
+    weights, caches = random_weights(shape), [Cache(shape, ["a", "b"], torch.float64, static=static) for _ in range(2)]
+    drawn = torch.tensor([6, 3, 5])
+    for known, unknown in (([[3], [5]], [[-2], [-3]]), ([[5], [9]], [[-3], [9]]), ([[1, 2], [6]], [[1, 2], [-1]])):
+        expected = model.step(views, known, weights, shape, caches[0])
+        assert torch.equal(model.step(views, unknown, weights, shape, caches[1], drawn), expected)
+
+
 SPARSE = {"sparse_layers": (0, 1), "num_experts": 3, "moe_intermediate_size": 9}
 
 
@@ -191,5 +202,5 @@ def test_experts_whose_probabilities_are_one_number_in_sixteen_bits_are_told_apa
     layer = Layer(**tensors, down=down, router=router)
     layer = Layer(**{name: None if tensor is None else tensor.bfloat16() for name, tensor in vars(layer).items()})
     shape = config(**SPARSE | {"num_experts": 2}, num_experts_per_tok=1)
-    out = mixture(torch.ones(1, 1, dtype=torch.bfloat16), layer, shape).item()
+    out = model.mixture(torch.ones(1, 1, dtype=torch.bfloat16), layer, shape, attention).item()
     assert out == pytest.approx([0.7311, 1.4621][first] * 0.50025, rel=0.01)

@@ -115,9 +115,9 @@ class WatchedOracle(Oracle):
 class Engine:
     """The engine under the oracle's interface."""
 
-    def __init__(self, config: Config, weights: Weights, blocks: list[str]):
+    def __init__(self, config: Config, weights: Weights, blocks: list[str], static: bool = False):
         self.config, self.weights = config, weights
-        self.cache = Cache(config, blocks, weights.embed.dtype)
+        self.cache = Cache(config, blocks, weights.embed.dtype, static=static)
 
     def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
         plan = self.cache.extend(views, [len(ids) for ids in tokens])
