@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from minihogwild import load
+from minihogwild.attention import append, look
 from minihogwild.cache import PAGE, Cache
 from minihogwild.load import empty_weights, parse_config
 from minihogwild.oracle import Oracle
@@ -162,7 +163,8 @@ def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
         blocks = list(dict.fromkeys(block for view in views for block in view))
         x = model.weights.embed[torch.tensor([token for ids in tokens for token in ids])]
         q, k, v = oracle.project(x, layer)
-        cache.append(0, k, v, plan)
+        sight = look(plan, cache.frequencies, PAGE, torch.float64)
+        append(cache.keys[0], cache.values[0], k, v, plan, sight)
         oracle.step(views, tokens)
         if moved and len(views) > 1 and max(counts) > 1:
             break
@@ -176,7 +178,7 @@ def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
         "offset": plan.offset,
         "visible": plan.visible,
     }
-    rotated = found["rotated_q"] = rotate(q[:, None], *plan.query_rotation)  # [T, B, H, D]
+    rotated = found["rotated_q"] = rotate(q[:, None], *sight.query)  # [T, B, H, D]
     scores, values = [], []
     for b, block in enumerate(blocks):
         slots = cache._slots(block, 0, cache.lengths[block])
