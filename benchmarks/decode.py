@@ -4,22 +4,31 @@
     python benchmarks/decode.py MODEL --dtype float32 --workers 1,2,4 --contexts 128,1024
 
 Takes a model's folder, or a shape with random weights, and runs on a GPU where there is one. The context is a common
-block; each worker has a block of its own after it. The last line is one JSON object.
+block; each worker has a block of its own after it. With --whole, the same beside a whole run: sampling, step ends,
+moves and text. The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
+import tempfile
 import time
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import torch
 
-from minihogwild import Cache, Config, Rope, load
+from minihogwild import Cache, Config, Model, Rope, Sampling, load
+from minihogwild.generate import Run
 from minihogwild.load import DTYPES, empty_weights
 from minihogwild.model import step
+from minihogwild.text import Tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import tiny
 
 LLAMA3 = Rope("llama3", 500000.0, 8.0, 8192, 1.0, 4.0)
 SHAPES = {  # V, E, F, L, H, K, D; tied head, biases, q/k norms
@@ -42,6 +51,7 @@ def main() -> None:
     add("--workers", type=numbers, default=[1, 4, 8], metavar="N,N", help="default: 1,4,8")
     add("--contexts", type=numbers, default=[1024, 16384], metavar="N,N", help="default: 1024,16384")
     add("--steps", type=int, default=60, metavar="N", help="measured for each (default: 60)")
+    add("--whole", action="store_true", help="time whole runs too, sampled at temperature 0.6, top-k 40, top-p 0.95")
     options = parser.parse_args()
     torch.manual_seed(0)
     config, weights, dtype = model(options)
@@ -67,6 +77,12 @@ def main() -> None:
             print("{:7} {:8} {:8.3f} ms {:8.3f} ms {:7.3f} {:10.1f} {:19.3f} {:21.3f}".format(*row), flush=True)
             keys = ("workers", "context", "reference_ms", "ms", "ratio", "tokens_per_second", "cost", "growth")
             results.append(dict(zip(keys, (round(number, 4) for number in row))))
+    if options.whole:
+        print("\nworkers  context   whole run, a step   ratio to the bare step")
+        for result in results:
+            took = 1e3 * whole(config, weights, result["workers"], result["context"], options.steps)
+            result |= {"whole_ms": round(took, 4), "whole_ratio": round(took / result["ms"], 4)}
+            print("{workers:7} {context:8} {whole_ms:16.3f} ms {whole_ratio:24.3f}".format(**result), flush=True)
     made = {"copy_bytes_per_second": round(speed), "weight_bytes": nbytes, "cache_bytes_per_token": token}
     print(json.dumps({**vars(options), **machine, "layers": config.num_hidden_layers, **made, "results": results}))
 
@@ -103,6 +119,23 @@ def measure(config, weights, dtype, device, workers: int, context: int, steps: i
         torch.cuda.synchronize()
         marks = [marks[0].elapsed_time(event) / 1e3 for event in marks]
     return median(after - before for before, after in pairwise(marks[5:])), sum(cache.lengths.values())
+
+
+def whole(config, weights, workers: int, context: int, steps: int) -> float:
+    """Mean seconds from step to step of a run, text and all, with a prompt of about `context` tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        tiny.save_tokenizer(Path(name))  # of bytes: what random weights write needs no better one
+        sampling = Sampling(temperature=0.6, top_k=40, top_p=0.95)
+        model = Model(name, Path(name), config, weights, Tokenizer(Path(name)), sampling, eos=frozenset())
+        words = len(Run(model, "a", workers).prompt)
+        run = Run(model, "a" * max(1, context - words + 1), workers, max_steps=2 * steps + 20)
+        began, told = 0.0, 0
+        for event in run:
+            told += event["do"] == "step" and run.forward_steps > 0
+            if told == 20:  # the first record the step
+                began = time.perf_counter()
+                told += 1
+    return (time.perf_counter() - began) / (told - 21)
 
 
 def mark(device: torch.device):

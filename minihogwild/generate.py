@@ -25,7 +25,7 @@ from .replay import digest, schedule_json
 from .sampling import Sampling, sample
 from .text import Stream
 
-PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most,
+PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most (on a GPU, whose kernels keep no scores, 1024),
 PREFILL_SCORES = 2**25  # and the attention scores of one layer: what bounds the memory of a long prompt
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
 FINISHER_TOKENS = 64
@@ -135,6 +135,7 @@ class Run:
         prompt = self.prompt if self.shared else self.prompt[:-1]
         # So that the longest step, the last, has no more scores than it may
         chunk = max(1, min(PREFILL_CHUNK, PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))))
+        chunk = 1024 if self.model.device.type == "cuda" else chunk
         steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
         steps.append([header for header in self.headers if header.pending])
         for writers in filter(None, steps):
