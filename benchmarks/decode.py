@@ -122,20 +122,18 @@ def measure(config, weights, dtype, device, workers: int, context: int, steps: i
 
 
 def whole(config, weights, workers: int, context: int, steps: int) -> float:
-    """Mean seconds from step to step of a run, text and all, with a prompt of about `context` tokens."""
+    """Median seconds from step to step of a run, text and all, with a prompt of about `context` tokens."""
     with tempfile.TemporaryDirectory() as name:
         tiny.save_tokenizer(Path(name))  # of bytes: what random weights write needs no better one
         sampling = Sampling(temperature=0.6, top_k=40, top_p=0.95)
         model = Model(name, Path(name), config, weights, Tokenizer(Path(name)), sampling, eos=frozenset())
         words = len(Run(model, "a", workers).prompt)
-        run = Run(model, "a" * max(1, context - words + 1), workers, max_steps=2 * steps + 20)
-        began, told = 0.0, 0
+        run = Run(model, "a" * max(1, context - words + 1), workers, max_steps=steps + 6)
+        marks = []
         for event in run:
-            told += event["do"] == "step" and run.forward_steps > 0
-            if told == 20:  # the first record the step
-                began = time.perf_counter()
-                told += 1
-    return (time.perf_counter() - began) / (told - 21)
+            if event["do"] == "step" and run.forward_steps and not run.finisher_steps:
+                marks.append(time.perf_counter())
+    return median(after - before for before, after in pairwise(marks[5:]))
 
 
 def mark(device: torch.device):
