@@ -101,7 +101,7 @@ def model(options: argparse.Namespace) -> tuple:
     return config, weights, dtype
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as `forward`, so that both are compiled once
 def measure(config, weights, dtype, device, workers: int, context: int, steps: int) -> tuple[float, int]:
     """Median seconds of a step, and how many tokens the cache then holds. What is sampled is fed, as in a run."""
     names = [f"worker {w}" for w in range(workers)]
