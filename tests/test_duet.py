@@ -274,7 +274,9 @@ def test_transcripts_are_what_the_loop_would_do(encode, layout, workers, monkeyp
     of_worker = {id(worker.random): worker.name for worker in run.workers}
     chosen = {name: iter([row.target for row in rows if row.block == name and row.target >= 0]) for name in team}
     monkeypatch.setattr(
-        generate, "sample", lambda logits, _, streams: [next(chosen[of_worker[id(s)]]) for s in streams]
+        generate,
+        "sample",
+        lambda logits, _, streams: torch.tensor([next(chosen[of_worker[id(s)]]) for s in streams]),
     )
     fed, moves, step = [], [], -1
     for event in run:
