@@ -7,10 +7,10 @@ from .attention import Plan
 from .cache import Cache
 from .config import Config, InputError, Layer, Rope, Weights
 from .load import Model, load
-from .model import forward
+from .model import forward, step
 from .sampling import Sampling, sample
 
 __all__ = [
     "Cache", "Config", "InputError", "Layer", "Model", "Plan", "Rope", "Sampling", "Weights",
-    "forward", "load", "sample",
+    "forward", "load", "sample", "step",
 ]  # fmt: skip
