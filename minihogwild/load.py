@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,11 +74,21 @@ def pick_device(device: str | torch.device) -> torch.device:
     return device
 
 
+class Bar(tqdm):
+    """The hub's progress bar on standard error, where that is a terminal; when closed it leaves nothing behind."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"leave": False, "disable": None})
+
+
 def fetch(name: str) -> Path:
     """The local folder of that name, or the downloaded hub repository."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"):
         folder = Path(name).expanduser()
-        return folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=FILES))
+        folder = folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
+    for bar in [bar for bar in Bar._instances if isinstance(bar, Bar)]:
+        bar.close()  # the hub leaves some open, to be drawn again at the very end
+    return folder
 
 
 # ---- config.json
@@ -282,7 +293,7 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     nbytes = sum(tensor.nbytes for tensor in expected.values())
     with allocating(nbytes, f"{model}'s weights in {str(dtype)[6:]}", device):
         weights, parts = empty_weights(config, dtype, device, *optional)
-    for name, part in parts.items():
+    for name, part in Bar(parts.items(), "loading"):
         part.copy_(read(found[name][0], name))
     same = not shared_head or torch.equal(read(shared_head[0], "lm_head.weight").to(weights.head), weights.head)
     require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")

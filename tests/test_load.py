@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -1116,8 +1116,9 @@ def test_a_hub_repository(tiny: Path, elsewhere: Path, monkeypatch: pytest.Monke
     assert_holds(model.weights, make_tensors(TINY), TINY)
     [(repo_id, options)] = hub.calls
     assert repo_id == "someone/tiny-model"
-    # Nothing that would overrule the user's own settings: cache folder, offline mode, token, progress bars
-    assert options.keys() == {"allow_patterns"}
+    # Nothing that would overrule the user's own settings: cache folder, offline mode, token
+    assert options.keys() == {"allow_patterns", "tqdm_class"}
+    assert issubclass(options["tqdm_class"], tqdm)  # nor whether progress bars are wanted
 
 
 def test_only_the_files_needed_are_downloaded(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
