@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -12,10 +11,11 @@ from pathlib import Path
 from statistics import mode
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 
 from .cache import Cache
-from .commands import Parser, require_writable, run_command, write_whole
+from .commands import CONTROL_CODES, Parser, require_writable, run_command, write_whole
 from .config import require
 from .layouts import COMMON, FINISHER, LAYOUTS
 from .load import DTYPES, Model, load
@@ -303,7 +303,6 @@ def to_host(ids: Tensor) -> Callable[[], list[int]]:
 
 DUET = Path(__file__).with_name("duet")
 PACE = 15  # steps a second that an eye can follow
-CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write any; no terminal should obey
 
 
 class Printer:
@@ -313,8 +312,19 @@ class Printer:
         self.workers = workers
         self.growing = dict.fromkeys(workers, "")  # by writer: its unfinished line
 
-    def show(self, name: str, text: str) -> None:
-        text = CONTROL_CODES.sub("", text)
+    def __enter__(self) -> "Printer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end(list(self.growing))
+
+    def show(self, event: dict) -> None:
+        if event["do"] == "text":
+            self.write(event["worker"], CONTROL_CODES.sub("", event["text"]))
+        elif "worker" in event and len(self.workers) > 1:
+            self.end([event["worker"]])
+
+    def write(self, name: str, text: str) -> None:
         if len(self.workers) == 1:
             print(text, end="", flush=True)
             return
@@ -327,7 +337,7 @@ class Printer:
     def end(self, names: list[str]) -> None:
         """End the lines that these are writing."""
         for name in names:
-            self.show(name, "\n")
+            self.write(name, "\n")
 
 
 def arguments() -> Parser:
@@ -347,6 +357,7 @@ def arguments() -> Parser:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--pace", type=float, metavar="N", help=f"at most N steps a second; 0: any (default: {PACE} on a terminal)")
+    add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
     return parser
@@ -364,10 +375,16 @@ def read_prompt(given: str | None, default: str) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
+    from . import live  # not above: a Run needs no terminal
+
     for path, option, *others in ((options.json, "--json", options.record), (options.record, "--record")):
         if path:
             require_writable(path, option, options.prompts, *others, *Path(options.model).glob("*"))
-    pace = options.pace if options.pace is not None else PACE * bool(sys.stdout and sys.stdout.isatty())
+    terminal = bool(sys.stdout and sys.stdout.isatty())
+    drawn = terminal and not options.plain and live.get_console().is_interactive  # not where TERM is dumb
+    if options.plain or (terminal and not drawn):
+        disable_progress_bars()
+    pace = options.pace if options.pace is not None else PACE * terminal
     require(pace == 0 or 0.01 <= pace < float("inf"), f"pace is {pace}: it must be 0 (none), or 0.01 or more")
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
@@ -376,23 +393,19 @@ def command(options: argparse.Namespace) -> int:
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
-    due = time.monotonic()
-    printer, recorded = Printer([worker.name for worker in run.workers]), []
+    due, recorded = time.monotonic(), []
+    view = Printer([worker.name for worker in run.workers])
     try:
-        for event in run:
-            if options.record and event["do"] in ("step", "move"):
-                recorded.append(event | ({"digest": digest(run.logits)} if event["do"] == "step" else {}))
-            if event["do"] == "step" and pace:
-                time.sleep(max(0, due - time.monotonic()))
-                due = max(due, time.monotonic()) + 1 / pace
-            if event["do"] == "text":
-                printer.show(event["worker"], event["text"])
-            elif "worker" in event and len(run.workers) > 1:
-                printer.end([event["worker"]])
+        with live.Panes(view, prompt, len(run.prompt)) if drawn else view as view:
+            for event in run:
+                if options.record and event["do"] in ("step", "move"):
+                    recorded.append(event | ({"digest": digest(run.logits)} if event["do"] == "step" else {}))
+                if event["do"] == "step" and pace:
+                    time.sleep(max(0, due - time.monotonic()))
+                    due = max(due, time.monotonic()) + 1 / pace
+                view.show(event)
     except KeyboardInterrupt:  # what has been written until then is kept
         run.stopped_by = "interrupt"
-    finally:
-        printer.end(list(printer.growing))
     result = run.summary()
     if run.answer:
         print("\nAnswer:", CONTROL_CODES.sub("", run.answer), flush=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub  # imports what is asked of it, and only then
 import torch
+from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,11 +74,22 @@ def pick_device(device: str | torch.device) -> torch.device:
     return device
 
 
+class Bar(tqdm):
+    """The hub's progress bar on standard error, where that is a terminal; when closed it leaves nothing behind."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"leave": False, "disable": None})
+
+
 def fetch(name: str) -> Path:
     """The local folder of that name, or the downloaded hub repository."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"):
         folder = Path(name).expanduser()
-        return folder if folder.is_dir() else Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        if not folder.is_dir():
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
+    for bar in [bar for bar in Bar._instances if isinstance(bar, Bar)]:
+        bar.close()  # the hub leaves some open, to be drawn again at the very end
+    return folder
 
 
 # ---- config.json
@@ -287,7 +299,7 @@ def load_weights(folder: Path, config: Config, dtype: torch.dtype, device: torch
     nbytes = sum(tensor.nbytes for tensor in expected.values())
     with allocating(nbytes, f"{model}'s weights in {str(dtype)[6:]}", device):
         weights, parts = empty_weights(config, dtype, device, *optional)
-    for name, (_, file, _) in found.items():
+    for name, (_, file, _) in Bar(found.items(), "loading"):
         parts[name].copy_(file.get_tensor(name))
     same = not shared_head or torch.equal(shared_head[1].get_tensor("lm_head.weight").to(weights.head), weights.head)
     require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -1116,8 +1117,27 @@ def test_a_hub_repository(tiny: Path, elsewhere: Path, monkeypatch: pytest.Monke
     assert_holds(model.weights, make_tensors(TINY), TINY)
     [(repo_id, options)] = hub.calls
     assert repo_id == "someone/tiny-model"
-    # Nothing that would overrule the user's own settings: cache folder, offline mode, token, progress bars
-    assert options.keys() == {"allow_patterns"}
+    # Nothing that would overrule the user's own settings: cache folder, offline mode, token
+    assert options.keys() == {"allow_patterns", "tqdm_class"}
+    assert issubclass(options["tqdm_class"], tqdm)  # nor whether progress bars are wanted
+
+
+def test_no_progress_bar_stays_open(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub leaves some, which would be drawn again when they are collected, wherever the cursor is by then."""
+    terminal, bars = io.StringIO(), []
+    terminal.isatty = lambda: True
+
+    def download(_, tqdm_class: type, **options) -> str:
+        bars.append(tqdm_class(total=7, file=terminal))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load("someone/tiny-model", device="cpu")
+    assert "0/7" in terminal.getvalue()
+    drawn = terminal.getvalue()
+    bars[0].close()
+    assert terminal.getvalue() == drawn  # it was closed already,
+    assert drawn.split("\r")[-2].strip() == ""  # and has left nothing behind
 
 
 def test_only_the_files_needed_are_downloaded(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
