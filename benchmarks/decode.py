@@ -44,7 +44,7 @@ def main() -> None:
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     add = parser.add_argument
     add("model", nargs="?", help="a model folder")
-    add("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
+    add("--shape", choices=SHAPES, help="random weights (default: smollm2-135m)")
     add("--layers", type=int, metavar="N", help="of the shape: only so many")
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,6 +92,7 @@ def model(options: argparse.Namespace) -> tuple:
     if options.model:
         loaded = load(options.model, options.dtype, options.device)
         return loaded.config, loaded.weights, loaded.dtype
+    options.shape = options.shape or "smollm2-135m"
     (V, E, F, L, H, K, D), tied, biases, qk_norms, rope = SHAPES[options.shape]
     config = Config(V, E, F, options.layers or L, H, K, D, 1e-5, 40960, tied, rope)
     dtype = DTYPES[options.dtype]

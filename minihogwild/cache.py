@@ -41,7 +41,7 @@ class Cache:
         blocks: list[str],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        static: bool | None = None,  # plans of decode steps stay in place, as CUDA graphs need; None: on CUDA
+        static: bool | None = None,  # plans of decode steps stay in place, as CUDA graphs need; None: where kernels are
     ):
         require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -50,8 +50,8 @@ class Cache:
         self.frequencies = inverse_frequencies(config.rope, config.head_dim)  # in float64, which MPS lacks
         self.frequencies = self.frequencies.to("cpu" if self.device.type == "mps" else device)
         cuda = self.device.type == "cuda"
-        self.static = cuda if static is None else static
-        fused = cuda and dtype.itemsize <= 4 and find_spec("triton")
+        fused = cuda and dtype.itemsize <= 4 and find_spec("triton") is not None
+        self.static = fused if static is None else static
         self.ops = import_module(".kernels" if fused else ".attention", __package__)  # `linear` and `attend`
         self.buffers: dict[int, Tensor] = {}  # static plans, packed, by T
         self.graphs: dict[int, tuple] = {}  # of recorded steps, by T (`model.decode`); with the pool's size, both end
@@ -118,8 +118,9 @@ class Cache:
         """
         check_move(source, target, self.lengths)
         count, at = self.lengths[source], self.lengths[target]
-        old, new = self._slots(source, 0, count).to(self.device), self._claim(target, count).to(self.device)
-        turn = rotation(torch.tensor(at, device=self.device), self.frequencies, self.compute_dtype)
+        tables = self._slots(source, 0, count), self._claim(target, count), torch.tensor(at)
+        old, new, at = (table.to(self.device, non_blocking=True) for table in tables)
+        turn = rotation(at, self.frequencies, self.compute_dtype)
         for keys, values in zip(self.keys, self.values):
             moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
             keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)

@@ -32,8 +32,12 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
         return 1
     except KeyboardInterrupt:
         return 130
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        line = " ".join(str(error).split())[:1000]  # names that it quotes from a file may be of any length
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of `tokenizers`, which shares no other base with anything
+        if not panic and not isinstance(error, (InputError, OSError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        # What it quotes from a file may be of any length, and hold anything
+        line = CONTROL_CODES.sub("", " ".join(str(error).split()))[:1000]
         print(f"{parser.prog}: {line}", file=sys.stderr)
         return 2
 

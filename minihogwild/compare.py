@@ -86,11 +86,11 @@ def command(options: argparse.Namespace) -> int:
     for path, file in ((options.ours, ours), (options.theirs, theirs)):
         others = sorted(set(file.keys()) - steps.keys())
         require(not others, f"{path}: {', '.join(others[:3])} is no step of {options.schedule}")
-    agreed, departure, rows = set(), None, {}
+    agreed, departure, rows, written = set(), None, {}, set(ours.keys())
     for name, (index, found) in steps.items():
-        if name not in set(ours.keys()):  # only a part was replayed
+        if name not in written:  # only a part was replayed
             continue
-        with refusing(f"{options.theirs} cannot be compared"):
+        with refusing(f"{options.ours} and {options.theirs} cannot be compared"):
             a, b, workers = ours.get_tensor(name), theirs.get_tensor(name), len(schedule["events"][index]["views"])
             right = a.shape == b.shape == (workers, *a.shape[1:2]) and a.is_floating_point() and b.is_floating_point()
             kinds = [f"{list(tensor.shape)} {str(tensor.dtype)[6:]}" for tensor in (a, b)]

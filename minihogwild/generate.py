@@ -25,7 +25,7 @@ from .replay import digest, schedule_json
 from .sampling import Sampling, sample
 from .text import Stream
 
-PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most (on a GPU, whose kernels keep no scores, 1024),
+PREFILL_CHUNK = 256  # tokens of the prompt that a step takes at most (where kernels keep no scores: 1024),
 PREFILL_SCORES = 2**25  # and the attention scores of one layer: what bounds the memory of a long prompt
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
 FINISHER_TOKENS = 64
@@ -103,7 +103,7 @@ class Run:
         self.logits: Tensor | None = None  # [W, V], of the step that was last yielded
         # The next step begins before the host has read what was drawn after the last one: a GPU need not wait.
         self.ahead = model.device.type == "cuda" and (self.shared or workers == 1)
-        self.drawn = torch.zeros(workers, dtype=torch.int64, device=model.device)  # by worker; see `model.step`
+        self.drawn: Tensor | None = None  # the ids last sampled, one for each row of which any was; see `model.step`
         self.outstanding: tuple | None = None  # a step that was not told yet
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
         self.stopped_by: str | None = None
@@ -135,7 +135,7 @@ class Run:
         prompt = self.prompt if self.shared else self.prompt[:-1]
         # So that the longest step, the last, has no more scores than it may
         chunk = max(1, min(PREFILL_CHUNK, PREFILL_SCORES // (config.num_attention_heads * len(self.prompt))))
-        chunk = 1024 if self.model.device.type == "cuda" else chunk
+        chunk = 1024 if self.cache.static else chunk
         steps = [[Writer(COMMON, [COMMON], prompt[start : start + chunk])] for start in range(0, len(prompt), chunk)]
         steps.append([header for header in self.headers if header.pending])
         for writers in filter(None, steps):
@@ -149,7 +149,6 @@ class Run:
         event, logits = self._feed(active)
         told = self._learn() if self.ahead else []  # of the step before, while a GPU computes this one
         if not self._answered():  # else this step was in vain
-            self.forward_steps += 1
             follows, rows = [], []
             for row, worker in enumerate(active):
                 if worker.pending[-1] in self.model.eos and not worker.begins:
@@ -161,28 +160,28 @@ class Run:
                 else:
                     self.since_check += 1
                     rows.append(row)
-            drawing = [active[row] for row in rows]
-            ids = self._draw(logits if len(rows) == len(active) else logits[rows], drawing) if rows else list
-            self.outstanding = event, logits, follows, rows, drawing, ids
+            ids = self._draw(logits, rows, [active[row] for row in rows]) if rows else list
+            self.outstanding = event, logits, follows, rows, active, ids
             told = told if self.ahead else self._learn()
         self.seconds += time.perf_counter() - began
         yield from told
 
-    def _draw(self, logits: Tensor, workers: list[Writer]) -> Callable[[], list[int]]:
-        """Sample the workers' next tokens. They may be fed before the host knows them; the result waits for them."""
-        ids = sample(logits, self.sampling, [worker.random for worker in workers])
-        slots = [self.workers.index(worker) for worker in workers]
-        for worker, slot in zip(workers, slots):
-            worker.pending, worker.begins = [-1 - slot], False
-        self.drawn[torch.tensor(slots).to(ids.device, non_blocking=True)] = ids
-        return to_host(ids)
+    def _draw(self, logits: Tensor, rows: list[int], workers: list[Writer]) -> Callable[[], list[int]]:
+        """Sample the next tokens of some rows. They may be fed before the host knows them: calling the result waits."""
+        chosen = torch.tensor(rows).to(logits.device, non_blocking=True)
+        self.drawn = sample(logits[chosen], self.sampling, [worker.random for worker in workers])
+        for n, worker in enumerate(workers):
+            worker.pending, worker.begins = [-1 - n], False
+        return to_host(self.drawn)
 
     def _learn(self) -> list[dict]:
         """The last step's events, with the tokens that were drawn after it; none where they have been told."""
         if not self.outstanding:
             return []
-        (event, self.logits, follows, rows, workers, ids), self.outstanding = self.outstanding, None
-        for row, worker, token in zip(rows, workers, ids()):
+        (event, self.logits, follows, rows, active, ids), self.outstanding = self.outstanding, None
+        self.forward_steps += 1
+        for row, token in zip(rows, ids()):
+            worker = active[row]
             unsound = f"step {self.forward_steps}: {worker.name}'s logits are NaN or infinite: try float32"
             require(token >= 0, unsound)
             event["sampled"][row] = worker.pending[0] = token  # where it has been fed already, also in that event
@@ -234,7 +233,7 @@ class Run:
             return "answer"
         if not any(worker.active for worker in self.workers):
             return "retired"
-        if self.forward_steps >= self.max_steps:
+        if self.forward_steps + bool(self.outstanding) >= self.max_steps:
             return "steps"
         return "context" if self._outgrows(self.cache.lengths) else None
 
@@ -262,7 +261,9 @@ class Run:
         while writing:
             event, self.logits = self._feed(feeding)
             self.finisher_steps += 1
-            event["sampled"][-len(writing) :] = ids = self.logits[-len(writing) :].argmax(-1).tolist()
+            last = self.logits[-len(writing) :]
+            require((last < torch.inf).all(), "the finisher's logits are NaN or infinite: try float32")
+            event["sampled"][-len(writing) :] = ids = last.argmax(-1).tolist()
             yield event
             for finisher, token in zip(writing, ids):
                 finisher.pending = [token]
@@ -291,8 +292,7 @@ def to_host(ids: Tensor) -> Callable[[], list[int]]:
     """Begin to copy ids to the host. The result waits for them alone, not for what the GPU is given to do next."""
     if ids.device.type != "cuda":
         return ids.tolist
-    host = torch.empty_like(ids, device="cpu", pin_memory=True)
-    host.copy_(ids, non_blocking=True)
+    host = ids.to("cpu", non_blocking=True)
     done = torch.cuda.Event()
     done.record()
     return lambda: done.synchronize() or host.tolist()
@@ -368,7 +368,7 @@ def read_prompt(given: str | None, default: str) -> str:
         nobody = sys.stdin is None or (given is None and sys.stdin.isatty())
         read = "" if nobody else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         if given is None and not read.strip() and default:
-            print(read := default, end="\n\n", flush=True)
+            print(CONTROL_CODES.sub("", read := default), end="\n\n", flush=True)
         given = read
     require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
     return given
@@ -393,6 +393,7 @@ def command(options: argparse.Namespace) -> int:
     model = load(options.model, options.dtype, options.device)
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
+    run.ahead = run.ahead and not pace  # while we pause, nobody would note how long the step took
     due, recorded = time.monotonic(), []
     view = Printer([worker.name for worker in run.workers])
     try:

@@ -51,7 +51,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     """`attention.attend`: the pool in S shares of as many pages; each gives its own softmax, and their weights."""
     (T, H, D), K = q.shape, keys.shape[1]
     R = T * H // K  # rows that meet the same keys
-    M = min(64, max(COLUMNS, triton.next_power_of_2(R)))
+    M = min(64 if keys.dtype.itemsize < 4 else 32, max(COLUMNS, triton.next_power_of_2(R)))  # as shared memory allows
     S = max(1, PROGRAMS // (K * triton.cdiv(R, M)))
     queries = turned(q, sight, K) * (scale / math.log(2))  # so that scores are powers of two
     queries = queries.to(keys.dtype).reshape(-1, K, R, D)

@@ -211,7 +211,7 @@ def generation_defaults(folder: Path, settings: dict) -> tuple[Sampling, frozens
     # For every other key, these values ask for nothing
     asking = {key for key, value in given.items() if value not in (False, True, 0, 1, [], {}) and key[0] != "_"}
     if lacking := sorted(asking - harmless - chosen.keys()):
-        logger.warning("generation_config.json: not supported, and ignored: %s", ", ".join(lacking))
+        logger.warning("generation_config.json: not supported, and ignored: %s", ascii(", ".join(lacking))[1:-1])
     sampling = Sampling(**{"temperature": 1.0, **chosen}) if given.get("do_sample") else Sampling()
     eos = given.get("eos_token_id", settings.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]

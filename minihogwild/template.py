@@ -14,8 +14,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 BYTES = 2**29  # of address space
 
 
-def render(template: str, special: dict[str, str], prompts: list[str]) -> list[str]:
-    """The conversation that opens with each prompt and asks for the reply, as transformers' apply_chat_template."""
+def render(template: str, special: dict[str, str], prompts: list[str], allowed: float = float("inf")) -> list[str]:
+    """The conversation that opens with each prompt and asks for the reply, as transformers' apply_chat_template.
+
+    Raises ValueError for more than `allowed` characters; what else fails raises what jinja does.
+    """
 
     def fail(message: str):
         raise ValueError(message)
@@ -27,7 +30,10 @@ def render(template: str, special: dict[str, str], prompts: list[str]) -> list[s
     # `generation` marks what to train on: for rendering it is no more than a pair of brackets
     compiled = environment.from_string(re.sub(r"(\{%[-+]?\s*)(end|)generation(\s*[-+]?%\})", r"\1\2with\3", template))
     given = special | {"tools": None, "documents": None, "add_generation_prompt": True}
-    return [compiled.render(given, messages=[{"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = [compiled.render(given, messages=[{"role": "user", "content": prompt}]) for prompt in prompts]
+    if max(map(len, texts)) > allowed:
+        fail(f"it gives more than {allowed} characters")
+    return texts
 
 
 if __name__ == "__main__":

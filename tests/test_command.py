@@ -562,6 +562,21 @@ def test_logits_that_are_no_numbers_give_one_line(command, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_finishers_logits_that_are_no_numbers_give_one_line(command, monkeypatch, workers):
+    forward, calls = transformer.forward, itertools.count(1)
+    finishing = (1 if workers == 1 else 2) + 2 + 2  # prompt and headers; two steps; the finisher's second
+
+    def overflowing(*arguments):
+        logits = forward(*arguments)
+        return logits * math.nan if next(calls) == finishing else logits
+
+    monkeypatch.setattr(transformer, "forward", overflowing)
+    code, _, err = command("Put it in \\boxed{}.", "--workers", workers, "--max-steps", 2)
+    assert code == 2
+    assert_one_line(err, "finisher", "NaN or infinite")
+
+
 def test_other_errors_are_not_hidden(folder, fail_at_step):
     fail_at_step(3, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):

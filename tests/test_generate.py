@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -156,7 +155,7 @@ def record(
         seen.logits.append(logits.clone())
         for row, view in zip(logits, views_now):
             if view[-1] in finishers:
-                row[next(finishers[view[-1]])] = math.inf
+                row[next(finishers[view[-1]])] = 1e9
         return logits
 
     def by_script(logits, sampling, streams):
@@ -356,6 +355,29 @@ def test_a_step_ahead_tells_the_same_in_the_same_order(model, layout, texts):
         # A step is in vain where the answer is found when it has begun, and no other
         vain = told[1].run.ahead and told[1].run.stopped_by == "answer"
         assert len(told[1].logits) - len(told[0].logits) == vain
+
+
+def test_no_number_where_a_step_is_ahead_is_told_as_ever(model, monkeypatch):
+    forward, calls = transformer.forward, itertools.count(1)
+    wrong = lambda *arguments: forward(*arguments) * (math.nan if next(calls) == 4 else 1)  # noqa: E731
+    monkeypatch.setattr(transformer, "forward", wrong)
+    run = Run(model, PROBLEM, 2, "interleaved", prompts=WORDS, max_steps=9)
+    run.ahead = True
+    with pytest.raises(InputError, match="step 3: Alice's logits are NaN"):
+        list(run)
+
+
+def test_a_run_that_is_left_while_a_step_is_ahead_counts_what_was_told(model):
+    run = Run(model, PROBLEM, 2, "interleaved", prompts=WORDS, max_steps=9)
+    run.ahead = True
+    told = []
+    for event in run:
+        told.append(event)
+        if run.forward_steps == 3:
+            break
+    steps = [event for event in told if event["do"] == "step"]
+    assert len(steps) == 1 + run.forward_steps  # after the prompt
+    assert sum(worker["tokens"] for worker in run.summary()["workers"]) == 2 * 3
 
 
 def test_a_step_ahead_begins_before_the_last_tokens_are_read(model, monkeypatch):

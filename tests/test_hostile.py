@@ -19,7 +19,7 @@ from replaying import said
 from safetensors.torch import save_file
 from test_load import MOE, TINY, make_folder, make_tensors, without, write_json
 
-from minihogwild import generate, text
+from minihogwild import generate, load, text
 
 YARN = TINY | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -213,6 +213,38 @@ def test_tensors_that_are_no_weights_are_refused(folder, dtype):
     err = assert_run_or_refused(folder)
     assert "model.safetensors" in err
     assert ": model.norm.weight is " in err
+
+
+def test_what_is_no_file_is_not_waited_for(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "config.json cannot be read: it is not a file" in assert_run_or_refused(folder)
+
+
+def test_a_terminal_does_not_obey_what_a_folder_writes(folder):
+    write_json(folder / "generation_config.json", {"a\x1b[31m\nb": 7})
+    write_json(folder / "prompts.json", {"problem": "one\x1b[2Jtwo", "boxed": False})
+    code, out, _ = said(generate.main, "--model", folder, "--max-steps", 1, "--device", "cpu")
+    assert code == 0
+    assert out.startswith("one[2Jtwo\n")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no\x1b[2J') }}")
+    assert "no[2J" in assert_run_or_refused(folder)
+
+
+def test_an_unsupported_key_makes_one_line_of_a_warning(folder, caplog):
+    write_json(folder / "generation_config.json", {"a\x1b[31m\nb": 7})
+    load(folder, device="cpu")
+    [line] = caplog.messages
+    assert line.endswith(r"a\x1b[31m\nb")
+
+
+def test_a_panic_of_the_tokenizer_gives_one_line_of_ours(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+    write_json(folder / "tokenizer.json", tokenizer)
+    code, err = run(folder)
+    assert code == 2
+    assert err.startswith("minihogwild: ")
 
 
 def test_a_tokenizer_larger_than_the_embedding(folder):
