@@ -35,20 +35,15 @@ PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough t
 class Cache:
     """Keys and values of all blocks, for all layers."""
 
-    def __init__(
-        self,
-        config: Config,
-        blocks: list[str],
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        static: bool | None = None,  # plans of decode steps stay in place, as CUDA graphs need; None: where kernels are
-    ):
+    # `static`: the plans of decode steps stay in place, as CUDA graphs need; None: where there are kernels
+    def __init__(self, config: Config, blocks: list[str], dtype: torch.dtype, device: torch.device | str = "cpu",
+                 static: bool | None = None):  # fmt: skip
         require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
         self.scale = attention_factor(config.rope) ** 2 / config.head_dim**0.5
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim)  # in float64, which MPS lacks
-        self.frequencies = self.frequencies.to("cpu" if self.device.type == "mps" else device)
+        exact = "cpu" if self.device.type == "mps" else device  # MPS lacks float64
+        self.frequencies = inverse_frequencies(config.rope, config.head_dim).to(exact)
         cuda = self.device.type == "cuda"
         fused = cuda and dtype.itemsize <= 4 and find_spec("triton") is not None
         self.static = fused if static is None else static

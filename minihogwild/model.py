@@ -71,14 +71,8 @@ def mixture(x: Tensor, layer: Layer, config: Config, ops) -> Tensor:
     return mixed.to(x.dtype)
 
 
-def step(
-    views: list[list[str]],
-    tokens: list[list[int]],
-    weights: Weights,
-    config: Config,
-    cache: Cache,
-    drawn: Tensor | None = None,
-) -> Tensor:
+def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache,
+         drawn: Tensor | None = None) -> Tensor:  # fmt: skip
     """`forward` for lists: worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V].
 
     A negative id, -1 - n, stands for drawn[n], which the device may still be computing: the host need not wait for it.
@@ -99,10 +93,9 @@ def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan:
     """`forward`, compiled, and recorded in a CUDA graph once for each number of tokens and size of the pool."""
     if len(tokens) not in cache.graphs:
         fed, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        for tensor in [*cache.keys, plan.page_column, plan.page_first]:  # compiled for any number of pages
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        for tensor in cache.values:
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
+        for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:  # compiled for any number of pages
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         forward(fed, weights, config, cache, plan, compiled)  # compiles; to write the same keys twice changes nothing
         with torch.cuda.graph(graph):
             logits = forward(fed, weights, config, cache, plan, compiled)

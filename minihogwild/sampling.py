@@ -38,8 +38,7 @@ def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -
     p = ((top - top[:, :1]) / max(sampling.temperature, 1e-30)).softmax(-1)  # the smallest would be 0 in float32
     p = p.where((p.cumsum(-1) - p < sampling.top_p) & (p >= sampling.min_p * p[:, :1]), 0)
     reached = p.cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=stream) for stream in streams])
-    drawn = drawn.to(logits.device, non_blocking=True)
+    drawn = torch.stack([torch.rand(1, generator=s) for s in streams]).to(logits.device, non_blocking=True)
     choice = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
     choice = choice.minimum((p > 0).sum(-1, True) - 1)  # should the product round up to the sum
     return ids.gather(-1, choice.clamp(min=0))[:, 0].where(sound, -1)

@@ -225,7 +225,7 @@ def test_a_terminal_does_not_obey_what_a_folder_writes(folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)  # so the model's own problem is asked, and shown
     write_json(folder / "generation_config.json", {"a\x1b[31m\nb": 7})
     write_json(folder / "prompts.json", {"problem": "one\x1b[2Jtwo", "together": "{problem}", "boxed": False})
-    code, out, err = said(generate.main, "--model", folder, "--max-steps", 1, "--device", "cpu", "--workers", 1)
+    code, out, _ = said(generate.main, "--model", folder, "--max-steps", 1, "--device", "cpu", "--workers", 1)
     assert code == 0
     assert out.startswith("one[2Jtwo\n")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no\x1b[2J') }}")
