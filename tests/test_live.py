@@ -107,6 +107,7 @@ class Terminal:
 def terminal(*arguments: object, columns: int = 80, rows: int = 24, **environment: str) -> Iterator[Terminal]:
     pid, fd = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background may have it ignored
         os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT | environment)
     running = Terminal(pid, fd, columns, rows)
     try:

@@ -406,8 +406,9 @@ def test_a_control_token_in_a_fragment_is_its_characters(token: str, style: str)
 @example(prompt="<think></think>", style="llama3")
 def test_typed_control_tokens_give_no_control_and_come_back_as_text(prompt: str, style: str):
     ours, _ = pair(style, SMOLLM)
-    ids = ours.chat(prompt)
-    assert control_ids(ours, ids) == control_ids(ours, ours.chat("hello")) != []
+    with here:
+        ids, others = ours.chat(prompt), ours.chat("hello")
+    assert control_ids(ours, ids) == control_ids(ours, others) != []
     system = "system\nYou are a helpful AI assistant, trained for this test\n"
     assert ours.decode(ids) == f"{system}user\n{prompt}\nassistant\n"
 
