@@ -111,22 +111,22 @@ BOUNDS = {  # far from every model; what follows may count to these numbers, or 
 }
 
 
-def require_kinds(settings: dict) -> None:
-    """Raise InputError for a value, other than null, that is of the wrong type or out of bounds."""
-    for key, value in settings.items():
-        if key not in KINDS or value is None:
-            continue
-        kind = KINDS[key]
+def given_in(settings: dict) -> dict:
+    """The settings that are not null. Raises InputError where one is of the wrong type or out of bounds."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in filter(given.__contains__, KINDS):
+        value, kind = given[key], KINDS[key]
         low, high = BOUNDS.get(key, BOUNDS.get(kind, (None, None)))
         right = type(value) in ((float, int) if kind is float else (kind,))
         wanted = kind.__name__ + (f" from {low} to {high}" if high else "")
         require(right and (not high or low <= value <= high), f"{key} must be {wanted}, not {value!r}")
+    return given
 
 
 @refusing("config.json")
 def parse_config(settings: dict) -> Config:
     """Config from config.json; refuses what would change the mathematics and is not supported."""
-    require_kinds(settings)
+    given = given_in(settings)
     kind = settings.get("model_type")
     # What is supported, and the max_position_embeddings that each means where config.json is silent
     context = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
@@ -148,7 +148,7 @@ def parse_config(settings: dict) -> Config:
     # Where config.json is silent, the defaults of transformers' classes hold (num_key_value_heads: Llama's)
     silent = {"num_key_value_heads": H, "head_dim": 128 if kind == "qwen3" else E // H, "rms_norm_eps": 1e-6}
     silent |= {"max_position_embeddings": context[kind], "tie_word_embeddings": False}
-    settings = silent | {key: value for key, value in settings.items() if value is not None}
+    settings = silent | given
     K, D = settings["num_key_value_heads"], settings["head_dim"]
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
     require(D % 2 == 0 < D, f"head_dim {D} is not an even number: rope turns pairs")
@@ -179,9 +179,7 @@ YARN_KEYS = [LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast"
 
 def parse_rope(settings: dict) -> Rope:
     """Rope from both forms in the wild: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    require_kinds(given)
-    given = {key: value for key, value in given.items() if value is not None}
+    given = given_in(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     kind = given.pop("rope_type", given.pop("type", "default"))
     theta = given.pop("rope_theta", settings.get("rope_theta") or 10000.0)
     require(kind in ROPE_KEYS, f"rope type {kind!r} is not supported ({', '.join(ROPE_KEYS)} are)")
@@ -204,8 +202,7 @@ def parse_rope(settings: dict) -> Rope:
 def generation_defaults(folder: Path, settings: dict) -> tuple[Sampling, frozenset[int]]:
     """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack."""
     path = folder / "generation_config.json"
-    given = {key: value for key, value in (read_json(path) if path.exists() else {}).items() if value is not None}
-    require_kinds(given)
+    given = given_in(read_json(path) if path.exists() else {})
     chosen = {key: given[key] for key in vars(Sampling()) if key in given}
     harmless = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"}
     # For every other key, these values ask for nothing
