@@ -36,6 +36,8 @@ class Plan:
 class Sight:
     """What follows from a plan, computed on the device once per step."""
 
+    page: Tensor  # [T]: where in the pool the token goes,
+    place: Tensor  # [T]: and where in that page
     key: Tensor  # [2, T, 1, D], cos and sin: by the index in the own block
     query: Tensor  # [2, T, B, 1, D]: by position - offset
     mask: Tensor  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere
@@ -48,7 +50,8 @@ def look(plan: Plan, frequencies: Tensor, page: int, dtype: torch.dtype) -> Sigh
     place = plan.page_first[:, None] + torch.arange(page, device=own.device)  # [P, PAGE]
     seen = place < plan.visible[:, plan.page_column, None]  # [T, P, PAGE]
     mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
-    return Sight(rotation(index, frequencies, dtype), rotation(distance[..., None], frequencies, dtype), mask)
+    key, query = rotation(index, frequencies, dtype), rotation(distance[..., None], frequencies, dtype)
+    return Sight(plan.slot // page, plan.slot % page, key, query, mask)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,8 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, plan: Plan, sight: Sight) -> None:
     """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
-    PAGE = keys.shape[2]
-    keys[plan.slot // PAGE, :, plan.slot % PAGE] = rotate(k.to(sight.key.dtype), *sight.key).to(keys.dtype)
+    keys[sight.page, :, sight.place] = rotate(k.to(sight.key.dtype), *sight.key).to(keys.dtype)
     values[:, plan.slot] = v.transpose(0, 1).to(values.dtype)
 
 
