@@ -12,6 +12,7 @@ from statistics import mode
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
+from rich import get_console
 from torch import Tensor
 
 from .cache import Cache
@@ -375,13 +376,11 @@ def read_prompt(given: str | None, default: str) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
-    from . import live  # not above: a Run needs no terminal
-
     for path, option, *others in ((options.json, "--json", options.record), (options.record, "--record")):
         if path:
             require_writable(path, option, options.prompts, *others, *Path(options.model).glob("*"))
     terminal = bool(sys.stdout and sys.stdout.isatty())
-    drawn = terminal and not options.plain and live.get_console().is_interactive  # not where TERM is dumb
+    drawn = terminal and not options.plain and get_console().is_interactive  # not where TERM is dumb
     if options.plain or (terminal and not drawn):
         disable_progress_bars()
     pace = options.pace if options.pace is not None else PACE * terminal
@@ -396,8 +395,12 @@ def command(options: argparse.Namespace) -> int:
     run.ahead = run.ahead and not pace  # while we pause, nobody would note how long the step took
     due, recorded = time.monotonic(), []
     view = Printer([worker.name for worker in run.workers])
+    if drawn:
+        from .live import Panes  # not above: where nothing is drawn, nothing of it is imported
+
+        view = Panes(view, prompt, len(run.prompt))
     try:
-        with live.Panes(view, prompt, len(run.prompt)) if drawn else view as view:
+        with view:
             for event in run:
                 if options.record and event["do"] in ("step", "move"):
                     recorded.append(event | ({"digest": digest(run.logits)} if event["do"] == "step" else {}))
