@@ -93,12 +93,10 @@ class Stream:
 @refusing("the chat template fails")
 def render(given: dict) -> list[str]:
     """`template.render`, in a process of its own: it may loop for ever, or ask for all the memory there is."""
-    child = [sys.executable, "-X", "utf8", str(TEMPLATE)]
-    given["allowed"] = TEMPLATE_LENGTH + 10 * max(map(len, given["prompts"]))
+    given = given | {"allowed": TEMPLATE_LENGTH + 10 * max(map(len, given["prompts"]))}
+    child, told = [sys.executable, "-X", "utf8", str(TEMPLATE)], json.dumps(given)
     try:
-        done = subprocess.run(
-            child, input=json.dumps(given), capture_output=True, encoding="utf-8", timeout=TEMPLATE_SECONDS
-        )
+        done = subprocess.run(child, input=told, capture_output=True, encoding="utf-8", timeout=TEMPLATE_SECONDS)
     except subprocess.TimeoutExpired:
         raise InputError(f"it takes more than {TEMPLATE_SECONDS} seconds") from None
     require(done.returncode == 0, done.stderr[-500:] or "it crashes, or needs too much memory")
