@@ -361,7 +361,8 @@ def arguments() -> Parser:
     add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
-    add("--trace", type=Path, metavar="FILE", help="write an HTML page: what each worker saw and attended to, by step")
+    add("--trace", type=Path, metavar="FILE", help="write an HTML page that shows what each worker saw and attended to, "
+        "by step, layer and head (where that is too much: by layer, or on average)")  # fmt: skip
     return parser
 
 
