@@ -361,8 +361,8 @@ def arguments() -> Parser:
     add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
-    add("--trace", type=Path, metavar="FILE", help="write an HTML page that shows what each worker saw and attended to, "
-        "by step, layer and head (where that is too much: by layer, or on average)")  # fmt: skip
+    add("--trace", type=Path, metavar="FILE", help="write an HTML page: what each worker saw and attended to, by step, "
+        "layer and head (where that is too much for a page: by layer, or on average)")  # fmt: skip
     return parser
 
 
@@ -378,11 +378,11 @@ def read_prompt(given: str | None, default: str) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
-    written = {option: getattr(options, option) for option in ("json", "record", "trace")}
+    written = {"--json": options.json, "--record": options.record, "--trace": options.trace}
     for option, path in written.items():
         if path:
             others = [written[other] for other in written if other != option]
-            require_writable(path, f"--{option}", options.prompts, *others, *Path(options.model).glob("*"))
+            require_writable(path, option, options.prompts, *others, *Path(options.model).glob("*"))
     terminal = bool(sys.stdout and sys.stdout.isatty())
     drawn = terminal and not options.plain and get_console().is_interactive  # not where TERM is dumb
     if options.plain or (terminal and not drawn):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention
@@ -24,9 +23,7 @@ from .text import Stream
 
 TEMPLATE = Path(__file__).with_name("trace.html")
 TOP = 8  # weights that are kept of each list, the strongest; of the rest, the sum
-LISTS = (
-    2**16
-)  # that a page holds at most, so that it stays small: one for each token, layer and head, while these suffice
+LISTS = 2**16  # most lists of a page, so that it stays small: one for each token, layer and head, while these suffice
 
 
 class Watched(Cache):
@@ -36,9 +33,9 @@ class Watched(Cache):
 
     def __init__(self, model: Model, blocks: list[str]):
         super().__init__(model.config, blocks, model.dtype, model.device, static=False)
-        self.ops, self.count, self.order = self, 0, {block: b for b, block in enumerate(blocks)}
-        # [2, slots of the pool]: the number of the token there; 2 b, b the block that it was written to, + 1 if moved
-        self.tokens = torch.zeros(2, 0, dtype=torch.int64, device=self.device)
+        self.ops, self.count = self, 0
+        # By block, of each token its number; and 2 b, where it was written to the b-th block, + 1 once it has moved
+        self.held: dict[str, list[tuple[int, int]]] = {block: [] for block in blocks}
 
     def see(self, weights: Tensor) -> None:
         """What a step's tokens give to each slot in one layer: [T, H, S], S slots from the pool's start."""
@@ -47,57 +44,57 @@ class Watched(Cache):
         return attention.attend(*given, lambda weights: self.see(weights.transpose(0, 1).flatten(1, 2)))
 
     def extend(self, views: list[list[str]], counts: list[int]) -> attention.Plan:
-        plan = super().extend(views, counts)
-        self.tokens[0, plan.slot] = torch.arange(self.count, self.count + sum(counts), device=self.device)
-        written = [2 * self.order[view[-1]] for view, count in zip(views, counts) for _ in range(count)]
-        self.tokens[1, plan.slot] = torch.tensor(written, device=self.device)
-        self.count += sum(counts)
+        plan, order = super().extend(views, counts), [*self.held]
+        for view, count in zip(views, counts):
+            self.held[view[-1]] += [(self.count + n, 2 * order.index(view[-1])) for n in range(count)]
+            self.count += count
+        self.tokens = torch.zeros(2, self.values[0].shape[1], dtype=torch.int64)  # `held`, by slot
+        for block, held in self.held.items():
+            self.tokens[:, self._slots(block, 0, len(held))] = torch.tensor(held, dtype=torch.int64).view(-1, 2).T
+        self.tokens = self.tokens.to(self.device)
         return plan
 
     def move(self, source: str, target: str) -> None:
-        old, at = self._slots(source, 0, self.lengths[source]), self.lengths[target]
         super().move(source, target)
-        moved = self.tokens[:, old]
-        moved[1] |= 1
-        self.tokens[:, self._slots(target, at, self.lengths[target])] = moved
-
-    def _grow(self, missing: int) -> None:
-        super()._grow(missing)
-        self.tokens = F.pad(self.tokens, (0, self.values[0].shape[1] - self.tokens.shape[1]))
+        self.held[target] += [(number, written | 1) for number, written in self.held[source]]
+        self.held[source] = []
 
 
 class Record(Watched):
-    """Keeps what a page shows. Lists of weights come in the order: for each layer the heads' average, then each head's;
-    last, the average of all."""
+    """Keeps what a page shows of the tokens after the first `before`, of which there will be `rows`.
 
-    def __init__(self, model: Model, blocks: list[str], rows: int):
+    Lists of weights come in the order: for each layer the heads' average, then each head's; last, the average of all.
+    """
+
+    def __init__(self, model: Model, blocks: list[str], before: int, rows: int):
         super().__init__(model, blocks)
         L, H = model.config.num_hidden_layers, model.config.num_attention_heads
-        self.layers = L if rows * L <= LISTS else 0  # 0: they are kept on average alone
-        self.heads = H if rows * L * H <= LISTS else 0
-        self.lists, self.total = [], 0
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # by step: numbers and weights, [T, lists, TOP]; see `end`
+        self.layers, self.heads = L * (rows * L <= LISTS), H * (rows * L * H <= LISTS)  # 0: on average alone
+        self.before, self.lists, self.total = before, [], 0  # of the step that goes on
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # by step: see `strongest` and `end`
 
     def see(self, weights: Tensor) -> None:
-        mean = weights.mean(1, keepdim=True)
-        self.total = self.total + mean / self.config.num_hidden_layers
-        if self.layers:
-            self.lists.append(self.strongest(torch.cat([mean, weights], 1) if self.heads else mean))
+        if self.count > self.before:
+            mean = weights.mean(1, keepdim=True)
+            self.total = self.total + mean / self.config.num_hidden_layers
+            if self.layers:
+                self.lists.append(self.strongest(torch.cat([mean, weights], 1) if self.heads else mean))
 
     def strongest(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of tokens, [T, n, TOP], and their weights, followed by the sum of all others, [T, n, TOP + 1]."""
         top, at = weights.topk(TOP)
-        return self.tokens[0, at].to("cpu", torch.int32), in_8_bits(torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1))
+        rest = 1 - top.sum(-1, keepdim=True)
+        return self.tokens[0, at].to("cpu", torch.int32), in_8_bits(torch.cat([top, rest], -1))
 
-    def end(self, keep: bool) -> None:
-        """A step has ended. Also kept is what its tokens gave in all to whom, [T, 2 B]: see `tokens`."""
-        if keep:
+    def end(self) -> None:
+        """A step has ended. Kept is also what its tokens gave in all to whom, [T, 2 B]: see `held`."""
+        if self.count > self.before:
             lists = [torch.cat(parts, 1) for parts in zip(*self.lists, self.strongest(self.total))]
-            weights = self.total[:, 0]
-            mass = weights.new_zeros(len(weights), 2 * len(self.order))
-            mass.index_add_(1, self.tokens[1, : weights.shape[1]], weights)
+            T, _, slots = self.total.shape
+            mass = self.total.new_zeros(T, 2 * len(self.held))
+            mass.index_add_(1, self.tokens[1, :slots], self.total[:, 0])
             self.kept.append((*lists, in_8_bits(mass)))
-        self.lists, self.total = [], 0
+            self.lists, self.total = [], 0
 
 
 def in_8_bits(weights: Tensor) -> Tensor:
@@ -116,9 +113,8 @@ def attention_of(token: int, schedule: dict, model: Model) -> Tensor:
     row = token - cache.count  # from the step's end
     require(layers and row < 0 <= token, f"token {token} is not in the schedule")
     weights = torch.stack([weights[row] for weights in layers])  # [L, H, slots]
-    return weights.new_zeros(*weights.shape[:2], cache.count).index_add_(
-        2, cache.tokens[0, : weights.shape[2]], weights
-    )
+    L, H, slots = weights.shape
+    return weights.new_zeros(L, H, cache.count).index_add_(2, cache.tokens[0, :slots], weights)
 
 
 def page(blocks: list[str], events: list[dict], model: Model, about: dict) -> bytes:
@@ -129,9 +125,9 @@ def page(blocks: list[str], events: list[dict], model: Model, about: dict) -> by
     begun = next((n for n, event in enumerate(events) if event["do"] == "begin"), len(events))
     schedule = {"blocks": blocks, "events": [event for event in events if event["do"] in ("step", "move")]}
     before, rows = (sum(len(ids) for _, ids in fed(part)) for part in (events[:begun], events[begun:]))
-    record = Record(model, blocks, rows)
+    record = Record(model, blocks, before, rows)
     for _ in replay(schedule | {"events": Bar(schedule["events"], desc="tracing")}, model, cache=record):
-        record.end(record.count > before)
+        record.end()
     streams = {block: Stream(model.tokenizer, []) for block in blocks}
     texts = [read(streams[block], token) for block, ids in fed(events) for token in ids]
     about = {key: value for key, value in about.items() if not isinstance(value, list)}

@@ -287,10 +287,9 @@ def test_where_there_are_many_lists_averages_are_kept(tiny, tmp_path, visit, mon
     assert "average" in page.locator("#kept").text_content()
 
 
-@pytest.mark.parametrize("workers", [4])
-def test_a_page_of_500_steps_is_small(tmp_path, workers):
-    endless = replace(load(DUET, device="cpu"), eos=frozenset())
-    traced = Traced(tmp_path / "run.html", endless, prompts_of(DUET).problem, workers=workers, max_steps=500)
+def test_a_page_of_500_steps_is_small(model, tmp_path):
+    endless = replace(model, eos=frozenset())
+    traced = Traced(tmp_path / "run.html", endless, prompts_of(DUET).problem, workers=4, max_steps=500)
     assert len(traced.digests) >= 500
     assert traced.path.stat().st_size < 2e6
 
@@ -332,11 +331,12 @@ def test_a_token_keeps_its_writers_colour(duet, visit):
     page.evaluate(
         "followed = null; for (const pane of Object.values(panes)) glow(pane)"
     )  # what glows has more contrast
-    for number in duet.steps[LAST]["held"][duet.blocks[0]]:
-        for worker in duet.workers:
-            shown = token(page, worker, number).evaluate(colour)
-            assert shown == title.get(duet.homes[number], shown)
-            assert (shown in title.values()) == (duet.homes[number] in title)
+    for worker in duet.workers:
+        shown = pane(page, worker).locator(".common .t").evaluate_all(f"all => all.map({colour})")
+        homes = [duet.homes[number] for number in duet.steps[LAST]["held"]["common"]]
+        for one, home in zip(shown, homes, strict=True):
+            assert one == title.get(home, one)
+            assert (one in title.values()) == (home in title)
 
 
 @BROWSER

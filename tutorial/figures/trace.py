@@ -1,4 +1,4 @@
-"""Draws trace.png: the page that `--trace` writes, where Alice waits for Bob's result and it has just come. Needs chromium."""
+"""Draws trace.png: the page that `--trace` writes, as Bob's result comes, for which Alice waits. Needs chromium."""
 
 import shutil
 from io import BytesIO
