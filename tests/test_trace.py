@@ -22,12 +22,12 @@ from minihogwild import InputError, Model, generate, load, trace
 from minihogwild.generate import DUET, Run, main
 from minihogwild.oracle import Oracle, magnitude
 from minihogwild.prompts import Prompts, prompts_of
-from minihogwild.replay import digest, replay
+from minihogwild.replay import digest, read_schedule, replay
 from minihogwild.sampling import Sampling
 
 CHROMIUM = shutil.which("chromium")
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to test with: apt-get install chromium")
-LAST = 60  # of duet's steps that most tests look at: three paragraphs have moved by then
+LAST = 80  # of duet's steps that most tests look at: five paragraphs have moved by then
 
 
 class Traced:
@@ -230,6 +230,7 @@ def test_a_run_with_a_page_is_the_same_run(tmp_path):
     assert main([*arguments, "--record", str(tmp_path / "a.json")]) == 0
     assert main([*arguments, "--record", str(tmp_path / "b.json"), "--trace", str(tmp_path / "run.html")]) == 0
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert len(read_schedule(tmp_path / "b.json", 10**6)["events"]) >= 42
 
 
 @pytest.mark.parametrize("layout", ["combined", "contiguous", "interleaved", "independent"])
@@ -267,6 +268,25 @@ def test_the_page_holds_what_the_oracle_computes(duet, visit):
         for found, plane in zip(lists, planes, strict=True):
             assert_is(dict(map(tuple, found["tokens"])), found["rest"], plane)
     assert number == len(duet.ids) - 1
+
+
+@BROWSER
+def test_numbers_beyond_two_bytes(tiny, tmp_path, browser, monkeypatch):
+    def late(self, *given):
+        begin(self, *given)
+        self.count, self.before = self.count + 70000, self.before + 70000
+
+    begin = trace.Record.__init__
+    monkeypatch.setattr(trace.Record, "__init__", late)
+    traced = Traced(tmp_path / "run.html", tiny, "Hi", max_steps=6, sampling=Sampling(temperature=1.5))
+    traced.look()
+    page = browser.new_page()
+    page.goto(traced.path.as_uri())
+    page.locator("#facts", has_text="can't be drawn").wait_for()  # for want of so many tokens; but it is unpacked
+    found = page.evaluate("attention(home.length - 1)")
+    page.close()
+    listed = {number - 70000: weight for number, weight in found["tokens"]}
+    assert_is(listed, found["rest"], traced.attention[-1].mean((0, 1)))
 
 
 @BROWSER
@@ -359,6 +379,15 @@ def test_what_a_token_attended_to(duet, visit):
         page.mouse.move(0, 0)
         token(page, "Alice", number).hover()
         assert_is(*told(page), true.mean(0), rounded=0.0005)
+        there = duet.steps[duet.step_of(number)]["held"]
+        for entry in page.locator("#strongest button").all():
+            m, where = int(entry.get_attribute("data-n")), entry.locator(".where").text_content()
+            [block] = [block for block, tokens in there.items() if m in tokens]
+            if duet.homes[m] not in duet.workers:
+                assert where == ("prompt" if block == "common" else block)
+            else:
+                names = {"common": "history", duet.homes[number]: "own paragraph"}
+                assert where == f"{duet.homes[m]}, {names.get(block, 'writing at that moment')}"
         who = page.locator("#who").text_content()
         assert who.startswith(f"{duet.homes[number]} looks, in step {duet.step_of(number)}")
         # The stronger, the more it glows, in each view that holds it
@@ -535,7 +564,7 @@ def test_play(duet, visit):
     page.get_by_role("button", name="play").wait_for()  # it has stopped
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("Space")  # from the beginning
-    page.locator("#step", has_text=re.compile(r"step ([5-9]|[1-5]\d) of")).wait_for()
+    page.locator("#step", has_text=re.compile(r"step ([5-9]|[1-7]\d) of")).wait_for()
     page.keyboard.press("Space")
     assert page.evaluate("now") < LAST
     assert page.get_by_role("button", name="play").is_visible()
