@@ -417,26 +417,25 @@ def test_without_a_choice_each_view_glows_for_its_workers_newest_token(duet, vis
         true = duet.attention[number].mean((0, 1))
         hot = pane(page, worker).locator(".hot").evaluate_all("all => all.map(t => +t.dataset.n)")
         assert set(hot) == set(true.topk(trace.TOP).indices.tolist())
-    assert told(page)[0].keys() == set(
-        duet.attention[duet.steps[40]["fed"][0]].mean((0, 1)).topk(trace.TOP).indices.tolist()
-    )
+    assert_is(*told(page), duet.attention[duet.steps[40]["fed"][0]].mean((0, 1)), rounded=0.0005)
 
 
 @BROWSER
 def test_a_click_holds_a_token_and_the_list_leads_on(duet, visit):
     page = visit(duet.path)
     scrub(page, LAST)
-    number = duet.steps[LAST]["held"]["Alice"][-2]
+    keenest = {}  # layer and head that read most of what Bob has written, by token of Alice's
+    for number in duet.steps[LAST]["held"]["common"]:
+        others = torch.tensor([home == "Bob" for home in duet.homes[: duet.attention[number].shape[2]]])
+        by_head = (duet.attention[number] * others).sum(-1)
+        if duet.homes[number] == "Alice" and by_head.flatten().sort().values.diff()[-1] > 0.1:  # one leads clearly
+            keenest[number] = divmod(by_head.argmax().item(), by_head.shape[1])
+    number, (layer, head) = next(item for item in keenest.items() if 0 not in item[1])
     token(page, "Alice", number).click()
     page.mouse.move(5, 5)
     assert page.locator(".reads").first.get_attribute("data-n") == str(number)
     page.locator("#keenest").click()
-    layer, head = int(page.locator("#layer").input_value()), int(page.locator("#head").input_value())
-    others = torch.tensor(
-        [home not in ("Alice", *duet.blocks[:3]) for home in duet.homes[: duet.attention[number].shape[2]]]
-    )
-    by_head = (duet.attention[number] * others).sum(-1)
-    assert by_head[layer, head] >= by_head.max() - 0.02
+    assert [page.locator(name).input_value() for name in ("#layer", "#head")] == [str(layer), str(head)]
     assert_is(*told(page), duet.attention[number][layer, head], rounded=0.0005)
     page.get_by_role("button", name="go to step").click()
     assert page.locator("#step").text_content().startswith(f"step {duet.step_of(number)} ")
