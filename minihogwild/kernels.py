@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (sum(out.unbind()) if bias is None else sum(out.unbind(), bias)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # else it is compiled anew for 1 and 16
 def _linear(x, weight, out, T, N, E, LENGTH: tl.constexpr):
     """Columns [part * LENGTH, (part + 1) * LENGTH) of 64 rows of the weight, times x."""
     n, t = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, 16)
@@ -70,7 +70,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "B"])
 def _attend(
     queries, keys, values, pages, column, first, visible, mixed, weight, N, R, B, G, K,
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,

@@ -96,10 +96,11 @@ def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan:
     if len(tokens) not in cache.graphs:
         parts = [part for layer in weights.layers for part in vars(layer).values() if part is not None]
         fast = compiled if sum(part.nbytes for part in parts) >= COMPILE_FROM else lambda layer: layer
+        if fast is compiled:  # for any number of pages
+            pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
+            for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
         fed, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
-        for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:  # compiled for any number of pages
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         forward(fed, weights, config, cache, plan, fast)  # compiles; to write the same keys twice changes nothing
         with torch.cuda.graph(graph):
             logits = forward(fed, weights, config, cache, plan, fast)
@@ -112,6 +113,6 @@ def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """One kernel for what lies between two products; made once for each number of tokens, whatever the layer."""
+    """One kernel for what lies between two products; made for the first number of tokens, for 1, and for any other."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True)
