@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (sum(out.unbind()) if bias is None else sum(out.unbind(), bias)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # else it is compiled anew for 1 and 16
 def _linear(x, weight, out, T, N, E, LENGTH: tl.constexpr):
     """Columns [part * LENGTH, (part + 1) * LENGTH) of 64 rows of the weight, times x."""
     n, t = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, 16)
@@ -51,10 +51,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     """`attention.attend`: the pool in S shares of as many pages; each gives its own softmax, and their weights."""
     (T, H, D), K = q.shape, keys.shape[1]
     R = T * H // K  # rows that meet the same keys
-    M = min(64 if keys.dtype.itemsize < 4 else 32, max(COLUMNS, triton.next_power_of_2(R)))  # as shared memory allows
+    # As shared memory allows; by comparisons, so that what is compiled for one T holds for others
+    M = 16 if R <= 16 else 32 if R <= 32 or keys.dtype.itemsize == 4 else 64
     S = max(1, PROGRAMS // (K * triton.cdiv(R, M)))
     queries = turned(q, sight, K) * (scale / math.log(2))  # so that scores are powers of two
-    queries = queries.to(keys.dtype).reshape(-1, K, R, D)
+    queries = queries.to(keys.dtype).reshape(-1, K, R, D).contiguous()  # where G is 1, reshape copies nothing
     mixed, weight = q.new_empty(S, K, R, D, dtype=torch.float32), q.new_empty(S, K, R, dtype=torch.float32)
     _attend[S, K, triton.cdiv(R, M)](
         *(queries, keys, values, plan.pages, plan.page_column, plan.page_first, plan.visible, mixed, weight),
@@ -69,7 +70,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "B"])
 def _attend(
     queries, keys, values, pages, column, first, visible, mixed, weight, N, R, B, G, K,
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,

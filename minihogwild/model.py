@@ -12,6 +12,8 @@ from .cache import Cache
 from .config import Config, Layer, Weights
 from .memory import allocating
 
+COMPILE_FROM = 2**30  # bytes of weights; a smaller model has written all its text before it would be compiled
+
 
 @torch.no_grad()
 def forward(
@@ -90,15 +92,18 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
 
 
 def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan) -> Tensor:
-    """`forward`, compiled, and recorded in a CUDA graph once for each number of tokens and size of the pool."""
+    """`forward` in a CUDA graph, recorded once for each number of tokens and size of the pool; compiled if large."""
     if len(tokens) not in cache.graphs:
+        parts = [part for layer in weights.layers for part in vars(layer).values() if part is not None]
+        fast = compiled if sum(part.nbytes for part in parts) >= COMPILE_FROM else lambda layer: layer
+        if fast is compiled:  # for any number of pages
+            pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
+            for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
         fed, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
-        for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:  # compiled for any number of pages
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        forward(fed, weights, config, cache, plan, compiled)  # compiles; to write the same keys twice changes nothing
+        forward(fed, weights, config, cache, plan, fast)  # compiles; to write the same keys twice changes nothing
         with torch.cuda.graph(graph):
-            logits = forward(fed, weights, config, cache, plan, compiled)
+            logits = forward(fed, weights, config, cache, plan, fast)
         cache.graphs[len(tokens)] = graph, fed, logits
     graph, fed, logits = cache.graphs[len(tokens)]
     fed.copy_(tokens)
@@ -108,6 +113,6 @@ def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """One kernel for what lies between two products; made once for each number of tokens, whatever the layer."""
+    """One kernel for what lies between two products; made for the first number of tokens, for 1, and for any other."""
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True)

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from util import WatchedOracle, config, configs, random_weights, relative_difference, run, schedules, step
 
-from minihogwild import Cache, Weights, kernels, model
+from minihogwild import Cache, Sampling, Weights, kernels, load, model
 from minihogwild.config import Layer
+from minihogwild.generate import DUET, Run
 from minihogwild.oracle import Oracle
+from minihogwild.prompts import prompts_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))
@@ -60,9 +62,11 @@ def test_linear_in_sixteen_bits(dtype, T, N, E):
     assert relative_difference(ours, exact) <= torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("compile_from", [0, model.COMPILE_FROM], ids=["compiled", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_recorded_steps_equal_the_oracle_while_texts_grow(dtype):
+def test_recorded_steps_equal_the_oracle_while_texts_grow(dtype, compile_from, monkeypatch):
     """In bfloat16, where these weights magnify every rounding: as near to it as PyTorch's own products on the CPU."""
+    monkeypatch.setattr(model, "COMPILE_FROM", compile_from)
     shape, draw = config("llama3", heads=10, kv_heads=2, head_dim=64), random.Random(0)
     weights, names = random_weights(shape, dtype), ["a", "b", "c"]
 
@@ -82,3 +86,14 @@ def test_recorded_steps_equal_the_oracle_while_texts_grow(dtype):
     )
     assert list(engine.cache.graphs) == [3]
     assert mean(ours) <= 1.5 * mean(theirs) if dtype == torch.bfloat16 else max(ours) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_does_not_wait_tells_what_one_that_waits_does(seed):
+    """Sampled on the device, fed before the host has read it; retirements, moves and prefixes come a step late."""
+    runs = [Run(load(DUET), prompts_of(DUET).problem, 3, sampling=Sampling(1.0), seed=seed) for _ in range(2)]
+    runs[1].ahead = False
+    told = [list(run) for run in runs]
+    assert runs[0].ahead
+    assert len(told[0]) > 100
+    assert told[0] == told[1]
