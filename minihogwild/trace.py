@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,13 +130,13 @@ def page(blocks: list[str], events: list[dict], model: Model, about: dict) -> by
     streams = {block: Stream(model.tokenizer, []) for block in blocks}
     texts = [read(streams[block], token) for block, ids in fed(events) for token in ids]
     about = {key: value for key, value in about.items() if not isinstance(value, list)}
-    head = {"about": about, "blocks": blocks, "events": events, "begun": begun, "texts": texts}
-    head |= {"layers": record.layers, "heads": record.heads, "top": TOP}
-    arrays = [torch.cat(parts).numpy() for parts in zip(*record.kept)]
+    kept = {"layers": record.layers, "heads": record.heads, "top": TOP}
+    head = {"about": about, "blocks": blocks, "events": events, "begun": begun, "texts": texts, **kept}
+    arrays = [torch.cat(parts) for parts in zip(*record.kept)]
     if arrays:  # three bytes are enough for a number; the first of all, then the second of all: so they shrink well
-        arrays[0] = arrays[0].astype("<i4").view(np.uint8).reshape(-1, 4).T[:3]
+        arrays[0] = arrays[0].view(torch.uint8).view(-1, 4).T[:3]
     text = json.dumps(head).encode()
-    data = b"".join([len(text).to_bytes(4, "little"), text, *(array.tobytes() for array in arrays)])
+    data = b"".join([len(text).to_bytes(4, "little"), text, *(array.numpy().tobytes() for array in arrays)])
     return TEMPLATE.read_bytes().replace(b"%DATA%", base64.b64encode(gzip.compress(data, mtime=0)))
 
 

@@ -10,6 +10,7 @@ from minihogwild import load
 from minihogwild.generate import DUET, Run
 from minihogwild.trace import attention_of, fed
 
+HERE = Path(__file__).parent
 SHEET = "a = 646 + 784\nb = 3 + 1\nc = a + b"
 
 
@@ -49,19 +50,20 @@ def words_at(words: list[str], numbers: list[int], word: str) -> int:
 
 
 def draw(panels: dict[str, Tensor], columns: list[str], rows: list[str]) -> None:
-    figure, both = plt.subplots(2, 1, figsize=(8.5, 8), layout="constrained", facecolor="white")
+    figure, both = plt.subplots(2, 1, figsize=(8.5, 8), layout="constrained")
+    colours = plt.get_cmap("YlOrRd").with_extremes(bad="#80889155")  # what was not yet written
     for axes, (title, weights) in zip(both, panels.items()):
-        axes.set_facecolor("#dddddd")  # what was not yet written
-        image = axes.imshow(weights, cmap="YlOrRd", vmin=0, aspect="auto", interpolation="nearest")
-        axes.set_title(title, fontsize=10)
+        axes.grid(False)
+        image = axes.imshow(weights, cmap=colours, vmin=0, aspect="auto", interpolation="nearest")
+        axes.set_title(title)
         axes.set_xticks(range(len(columns)), columns, family="monospace", fontsize=8)
         axes.set_yticks(range(len(rows)), rows, family="monospace", fontsize=8)
         axes.set_xlabel("Alice's line (grey: she had not written it yet)")
         axes.set_ylabel("Bob's line, a token a step, downwards")
         figure.colorbar(image, ax=axes, pad=0.02, label="attention weight")
-    figure.savefig(Path(__file__).with_name("reading.svg"), metadata={"Date": None})
+    figure.savefig(HERE / "reading.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    plt.rcParams["svg.hashsalt"] = "reading"  # same ids each time
+    plt.style.use(HERE / "chapters.mplstyle")
     main()
