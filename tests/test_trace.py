@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -733,3 +734,8 @@ def test_what_can_not_be_written_is_refused_before_the_work(tmp_path, monkeypatc
     assert re.fullmatch(r"minihogwild: .*(--trace|--json|--record).*\n", err)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.json", "model", "words.json", "x"]
     assert (tmp_path / "words.json").read_text() == (tmp_path / "model/config.json").read_text() == "{}"
+
+
+def test_the_engine_knows_nothing_of_it():
+    code = "import sys, minihogwild.generate; sys.exit('minihogwild.trace' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
