@@ -31,6 +31,7 @@ class Plan:
     page_column: Tensor  # [P]: the column b of the block that owns the page
     page_first: Tensor  # [P]: which of its tokens comes first there; more than any row may see in an unused page
     pages: Tensor  # [1]: how many, from the pool's start to the last one in use
+    only: int  # length of the block, where the step's views hold but one; else 0, as in plans that stay in place
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class Cache:
             page_column[self.pages[block]] = b
             page_first[self.pages[block]] = torch.arange(len(self.pages[block])) * PAGE
         tables = [offset, visible, own, slot, last, page_column, page_first, torch.tensor([pages])]
-        return Plan(*self._send(tables, static))
+        only = 0 if static or len(columns) > 1 else self.lengths[views[0][-1]]
+        return Plan(*self._send(tables, static), only)
 
     def _send(self, tables: list[Tensor], static: bool) -> list[Tensor]:
         """The tables on the cache's device, in one transfer that nothing waits for; static ones always in one place."""

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,10 +22,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
-    """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 for Ctrl-C."""
+    """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 for Ctrl-C, SIGTERM."""
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
+    if argv is None:  # SIGTERM too gives the terminal back, and leaves no half-written file
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command(parser.parse_args(argv))
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from .attention import Plan, Sight, turned
 
@@ -50,6 +51,8 @@ def _linear(x, weight, out, T, N, E, LENGTH: tl.constexpr):
 def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, scale: float) -> Tensor:
     """`attention.attend`: the pool in S shares of as many pages; each gives its own softmax, and their weights."""
     (T, H, D), K = q.shape, keys.shape[1]
+    if plan.only and T > COLUMNS and keys.dtype.itemsize == 2:
+        return flash(q, keys, values, plan, sight, scale)
     R = T * H // K  # rows that meet the same keys
     # As shared memory allows; by comparisons, so that what is compiled for one T holds for others
     M = 16 if R <= 16 else 32 if R <= 32 or keys.dtype.itemsize == 4 else 64
@@ -68,6 +71,17 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     weight = (weight - weight.amax(0)).exp2()
     mixed = (mixed * weight).sum(0) / weight.sum(0)  # [K, R, D]
     return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
+
+
+def flash(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, scale: float) -> Tensor:
+    """`attend` where all rows see one block alone, as when a prompt is prefilled: there PyTorch has the best kernel."""
+    (T, H, D), (_, K, PAGE, _), N = q.shape, keys.shape, plan.only
+    order = plan.page_first.argsort()[: triton.cdiv(N, PAGE)]
+    keys = keys[order].transpose(0, 1).reshape(1, K, -1, D)[:, :, :N]
+    values = values.view(K, -1, PAGE, D)[:, order].view(1, K, -1, D)[:, :, :N]
+    queries = turned(q, sight, K)[0].transpose(1, 2).reshape(1, H, T, D).to(keys.dtype)
+    mask = causal_lower_right(T, N)  # the rows are the block's last
+    return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
 @triton.jit(do_not_specialize=["R", "B"])

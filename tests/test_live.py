@@ -245,11 +245,15 @@ def test_the_transcript_remains(piped):
         assert it.output.rindex(b"\x1b[?25h") > it.output.rindex(b"\x1b[?25l")
 
 
-def test_an_interrupt_leaves_the_terminal_as_it_was(piped):
+@pytest.mark.parametrize("interrupt", [
+    lambda it: os.write(it.fd, b"\x03"),
+    lambda it: os.kill(it.pid, signal.SIGTERM),
+], ids=["Ctrl-C", "SIGTERM"])  # fmt: skip
+def test_an_interrupt_leaves_the_terminal_as_it_was(piped, interrupt):
     with terminal("--pace", 20) as it:
         before = termios.tcgetattr(it.fd)
         it.wait_for(lambda it: FIRST in str(it) and re.search("│ d = 46 .*│ a. b = 254", str(it)))
-        os.write(it.fd, b"\x03")
+        interrupt(it)
         assert it.end() == 130
         assert not it.alternate
         assert not it.screen.cursor.hidden
