@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
-    """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 for Ctrl-C, SIGTERM."""
+    """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 when interrupted."""
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
