@@ -3,6 +3,7 @@
 `kernels` has the same `linear` and `attend` for CUDA.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +75,12 @@ def turned(q: Tensor, sight: Sight, K: int) -> Tensor:
     return queries.unflatten(2, (K, -1)).permute(1, 2, 0, 3, 4)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, scale: float) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, scale: float,
+           see: Callable[[Tensor], None] = lambda weights: None) -> Tensor:  # fmt: skip
     """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
 
-    Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it.
+    Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it. `see` gets the
+    softmax's weights, [K, T, G, P PAGE].
     """
     (T, H, D), (_, K, PAGE, _), (P,) = q.shape, keys.shape, plan.page_column.shape
     exact = sight.mask.dtype
@@ -91,5 +94,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     # Given where to, since on its own it would keep the pages' order, and softmax copy everything
     scores = torch.add(sight.mask, scores, alpha=scale, out=scores.new_empty(scores.shape))
     weights = scores.flatten(3).softmax(-1)  # [K, T, G, P PAGE]: over all blocks together
+    see(weights)
     mixed = torch.bmm(weights.flatten(1, 2), values)  # [K, T G, D]
     return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)

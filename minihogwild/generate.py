@@ -361,6 +361,8 @@ def arguments() -> Parser:
     add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
+    add("--trace", type=Path, metavar="FILE", help="write an HTML page: what each worker saw and attended to, by step, "
+        "layer and head (where that is too much for a page: by layer, or on average)")  # fmt: skip
     return parser
 
 
@@ -376,8 +378,10 @@ def read_prompt(given: str | None, default: str) -> str:
 
 
 def command(options: argparse.Namespace) -> int:
-    for path, option, *others in ((options.json, "--json", options.record), (options.record, "--record")):
+    written = {"--json": options.json, "--record": options.record, "--trace": options.trace}
+    for option, path in written.items():
         if path:
+            others = [written[other] for other in written if other != option]
             require_writable(path, option, options.prompts, *others, *Path(options.model).glob("*"))
     terminal = bool(sys.stdout and sys.stdout.isatty())
     drawn = terminal and not options.plain and get_console().is_interactive  # not where TERM is dumb
@@ -402,8 +406,9 @@ def command(options: argparse.Namespace) -> int:
     try:
         with view:
             for event in run:
-                if options.record and event["do"] in ("step", "move"):
-                    recorded.append(event | ({"digest": digest(run.logits)} if event["do"] == "step" else {}))
+                hashed = options.record and event["do"] == "step"
+                if (options.record or options.trace) and event["do"] != "text":
+                    recorded.append(event | ({"digest": digest(run.logits)} if hashed else {}))
                 if event["do"] == "step" and pace:
                     time.sleep(max(0, due - time.monotonic()))
                     due = max(due, time.monotonic()) + 1 / pace
@@ -421,11 +426,18 @@ def command(options: argparse.Namespace) -> int:
         f"stopped by {run.stopped_by}",
         file=sys.stderr,
     )
+    blocks = [*run.cache.lengths]
+    del run  # the page's replay needs room for a cache of its own
     if options.json:
         write_whole(options.json, [json.dumps(result, ensure_ascii=False, indent=2).encode(), b"\n"])
     if options.record:
-        write_whole(options.record, [schedule_json([*run.cache.lengths], recorded)])
-    return 130 if run.stopped_by == "interrupt" else 0
+        schedule = [event for event in recorded if event["do"] in ("step", "move")]
+        write_whole(options.record, [schedule_json(blocks, schedule)])
+    if options.trace:
+        from .trace import page  # not above: what watches is no part of the engine
+
+        write_whole(options.trace, [page(blocks, recorded, model, result)])
+    return 130 if result["stopped_by"] == "interrupt" else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,10 +77,12 @@ def check_event(event: object, blocks: Collection[str], vocab_size: int) -> None
     require(not outside, f"token {outside[:1]} is outside the vocabulary of {vocab_size}")
 
 
-def replay(schedule: dict, model: Model, oracle: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """(index of the event, logits [W, V]) of each step: by the engine, or in float64 by the oracle."""
+def replay(
+    schedule: dict, model: Model, oracle: bool = False, cache: Cache | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the event, logits [W, V]) of each step: by the engine (in `cache`), or in float64 by the oracle."""
     config, weights, blocks, total = model.config, model.weights, schedule["blocks"], 0
-    cache = Oracle(config, weights, blocks) if oracle else Cache(config, blocks, model.dtype, model.device)
+    cache = cache or (Oracle(config, weights, blocks) if oracle else Cache(config, blocks, model.dtype, model.device))
     for index, event in enumerate(schedule["events"]):
         if event["do"] == "move":
             cache.move(event["from"], event["to"])
