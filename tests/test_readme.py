@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md"), *ROOT.glob("[!.]*/*/*.md")]
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text())]
 
 
 def test_the_loop_in_the_readme_runs(smollm2_folder, capsys):
@@ -15,12 +18,16 @@ def test_the_loop_in_the_readme_runs(smollm2_folder, capsys):
     assert capsys.readouterr().out.count(" | ") >= 30
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(((?!https?:)[^)]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (Path(__file__).parent.parent / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
+def test_links_lead_somewhere(page, link):
+    path, _, heading = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists()
+    if heading:  # as code hosts name it
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert heading in [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings]
 
 
-def test_no_page_was_left_unfinished():
-    root = Path(__file__).parent.parent
-    for page in (root / "README.md", *root.glob("*/README.md"), *root.glob("*/*/README.md")):
-        assert "@@" not in page.read_text(), page
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_was_left_unfinished(page):
+    assert "@@" not in page.read_text()
