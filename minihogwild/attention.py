@@ -19,8 +19,9 @@ AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # a CPU without AVX-51
 class Plan:
     """All that one step needs to know about positions: made once by `Cache.extend`, used by every layer.
 
-    B counts the blocks in this step's views, P the pages from the pool's start to the last one in use; in a plan
-    that stays in place, all blocks and all pages, so that one graph serves while texts grow. All are int64.
+    B counts the blocks in this step's views, in the order in which these first name them, P the pages from the pool's
+    start to the last one in use; in a plan that stays in place, all blocks and all pages, so that one graph serves
+    while texts grow. All are int64.
     """
 
     offset: Tensor  # [T, B]

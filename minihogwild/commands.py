@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
     """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 when interrupted."""
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
-    if sys.stdout:
+    with suppress(AttributeError):  # of nothing, or of a notebook's
         sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
     if argv is None:  # SIGTERM too gives the terminal back, and leaves no half-written file
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -60,7 +60,7 @@ def attention_factor(rope: Rope) -> float:
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
     """cos and sin for `rotate`, [2, *positions.shape, D]; the first half of sin is negated.
 
-    The product is taken in float64: in float32 the angle at position 131,072 is off by 0.005 rad.
+    The product is taken in float64: in float32, angles near position 131,072 are off by up to 0.006 rad.
     """
     angles = positions.to(frequencies)[..., None] * frequencies  # where they are: not every device has float64
     cos, sin = angles.cos(), angles.sin()

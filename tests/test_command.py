@@ -643,6 +643,13 @@ def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):
     assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
 
 
+def test_standard_output_may_be_a_notebooks(folder, monkeypatch):
+    """Some other object with a `write`, and little more."""
+    monkeypatch.setattr(sys, "stdout", written := io.StringIO())
+    assert main(["hi", "--model", str(folder), "--device", "cpu", "--max-steps", "2"]) == 0
+    assert "hi" not in written.getvalue()
+
+
 def test_a_reader_that_goes_away_is_no_failure_of_ours(folder):
     options = ["--model", folder, "--device", "cpu", "--workers", "1", "--max-steps", "3000", "--temperature", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
