@@ -148,5 +148,6 @@ def fed(events: list[dict]) -> Iterator[tuple[str, list[int]]]:
 
 
 def read(stream: Stream, token: int) -> str:
-    """A token's text; where it has none, as special tokens and parts of a character, what the vocabulary calls it."""
-    return stream.next(token) or stream.tokenizer.tokenizer.id_to_token(token) or ""
+    """A token's text; a special token's name; a sign for a part of a character, whose text its last part brings."""
+    hidden = token in stream.tokenizer.hidden
+    return stream.next(token) or (stream.tokenizer.tokenizer.id_to_token(token) if hidden else "◌")

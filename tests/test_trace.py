@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
-from tiny import save_model
+from tiny import END, save_model
 from torch import Tensor
 
 from minihogwild import InputError, Model, generate, load, trace
@@ -25,6 +25,7 @@ from minihogwild.oracle import Oracle, magnitude
 from minihogwild.prompts import Prompts, prompts_of
 from minihogwild.replay import digest, read_schedule, replay
 from minihogwild.sampling import Sampling
+from minihogwild.text import Stream
 
 CHROMIUM = shutil.which("chromium")
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to test with: apt-get install chromium")
@@ -340,6 +341,23 @@ def test_each_workers_view_at_each_step(duet, visit):
                 shown = read([duet.ids[number] for number in numbers]).replace("\n", "")
                 assert text.replace("<|end|>", "") == shown
                 offset += count
+
+
+@BROWSER
+def test_texts_beyond_ascii_and_special_tokens(tiny, tmp_path, visit):
+    """Each byte is a token: all but a character's last have no text, and only special tokens are called by a name."""
+    words = replace(Prompts(), prefix="é 😀 日本 {name}\n")
+    traced = Traced(tmp_path / "run.html", tiny, "é 😀 日本", max_steps=2, prompts=words)
+    traced.look()
+    page, tokenizer = visit(traced.path), tiny.tokenizer
+    scrub(page, 1)
+    for block in ("common", "Bob"):
+        ids = [traced.ids[n] for n in traced.steps[1]["held"][block]]
+        element = pane(page, "Bob").locator(".common .text" if block == "common" else ".text").last
+        text = element.text_content().replace("↵", "").replace("\n", "")
+        assert text.count("◌") == sum(len(c.encode()) - 1 for c in tokenizer.decode(ids))
+        assert text.replace("◌", "") == tokenizer.decode(ids).replace("\n", "")
+    assert trace.read(Stream(tokenizer, []), *tiny.eos) == END
 
 
 @BROWSER
