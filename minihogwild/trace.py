@@ -1,7 +1,7 @@
 """A run as one page for the browser: what each worker saw at every step, and what every token attended to.
 
 The run itself is left alone. It is replayed when it has ended, by the same code, in a cache that looks on; so what is
-recorded is what was computed (on a CPU bit for bit; on a GPU by PyTorch, where the run had kernels of its own).
+recorded is what was computed (on a CPU bit for bit; on a GPU PyTorch gives the weights, where the run had a kernel).
 """
 
 import base64
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention
@@ -26,37 +27,41 @@ LISTS = 2**16  # most lists of a page, so that it stays small: one for each toke
 
 
 class Watched(Cache):
-    """A cache that sees who attends to whom. It numbers tokens in the order in which they are written."""
+    """A cache that sees to whom tokens attend, after the first `before`. It numbers them as they are written."""
 
-    linear = staticmethod(attention.linear)
-
-    def __init__(self, model: Model, blocks: list[str]):
+    def __init__(self, model: Model, blocks: list[str], before: int = 0):
         super().__init__(model.config, blocks, model.dtype, model.device, static=False)
-        self.ops, self.count = self, 0
-        # By block, of each token its number; and 2 b, where it was written to the b-th block, + 1 once it has moved
-        self.held: dict[str, list[tuple[int, int]]] = {block: [] for block in blocks}
+        self.plain, self.ops = self.ops, self  # what all else is computed by: kernels need no memory for weights
+        self.linear = self.plain.linear
+        self.before, self.count = before, 0
+        # By slot a token's number; and 2 b, where it was written to the b-th block, + 1 once it has moved
+        self.tokens = torch.zeros(2, 0, dtype=torch.int64, device=self.device)
 
     def see(self, weights: Tensor) -> None:
         """What a step's tokens give to each slot in one layer: [T, H, S], S slots from the pool's start."""
 
     def attend(self, *given) -> Tensor:
+        if self.count <= self.before:
+            return self.plain.attend(*given)
         return attention.attend(*given, lambda weights: self.see(weights.transpose(0, 1).flatten(1, 2)))
 
     def extend(self, views: list[list[str]], counts: list[int]) -> attention.Plan:
-        plan, order = super().extend(views, counts), [*self.held]
-        for view, count in zip(views, counts):
-            self.held[view[-1]] += [(self.count + n, 2 * order.index(view[-1])) for n in range(count)]
-            self.count += count
-        self.tokens = torch.zeros(2, self.values[0].shape[1], dtype=torch.int64)  # `held`, by slot
-        for block, held in self.held.items():
-            self.tokens[:, self._slots(block, 0, len(held))] = torch.tensor(held, dtype=torch.int64).view(-1, 2).T
-        self.tokens = self.tokens.to(self.device)
+        plan, order = super().extend(views, counts), [*self.lengths]
+        written = [2 * order.index(view[-1]) for view, count in zip(views, counts) for _ in range(count)]
+        numbers = range(self.count, self.count + len(written))
+        self.tokens[:, plan.slot] = torch.tensor([[*numbers], written], device=self.device)
+        self.count += len(written)
         return plan
 
     def move(self, source: str, target: str) -> None:
+        old, at = self._slots(source, 0, self.lengths[source]), self.lengths[target]
         super().move(source, target)
-        self.held[target] += [(number, written | 1) for number, written in self.held[source]]
-        self.held[source] = []
+        moved = self.tokens[:, old] | self.tokens.new_tensor([[0], [1]])
+        self.tokens[:, self._slots(target, at, self.lengths[target])] = moved
+
+    def _grow(self, missing: int) -> None:
+        super()._grow(missing)
+        self.tokens = F.pad(self.tokens, (0, self.values[0].shape[1] - self.tokens.shape[1]))
 
 
 class Record(Watched):
@@ -66,18 +71,17 @@ class Record(Watched):
     """
 
     def __init__(self, model: Model, blocks: list[str], before: int, rows: int):
-        super().__init__(model, blocks)
+        super().__init__(model, blocks, before)
         L, H = model.config.num_hidden_layers, model.config.num_attention_heads
         self.layers, self.heads = L * (rows * L <= LISTS), H * (rows * L * H <= LISTS)  # 0: on average alone
-        self.before, self.lists, self.total = before, [], 0  # of the step that goes on
+        self.lists, self.total = [], 0  # of the step that goes on
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # by step: see `strongest` and `end`
 
     def see(self, weights: Tensor) -> None:
-        if self.count > self.before:
-            mean = weights.mean(1, keepdim=True)
-            self.total = self.total + mean / self.config.num_hidden_layers
-            if self.layers:
-                self.lists.append(self.strongest(torch.cat([mean, weights], 1) if self.heads else mean))
+        mean = weights.mean(1, keepdim=True)
+        self.total = self.total + mean / self.config.num_hidden_layers
+        if self.layers:
+            self.lists.append(self.strongest(torch.cat([mean, weights], 1) if self.heads else mean))
 
     def strongest(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of tokens, [T, n, TOP], and their weights, followed by the sum of all others, [T, n, TOP + 1]."""
@@ -86,11 +90,11 @@ class Record(Watched):
         return self.tokens[0, at].to("cpu", torch.int32), in_8_bits(torch.cat([top, rest], -1))
 
     def end(self) -> None:
-        """A step has ended. Kept is also what its tokens gave in all to whom, [T, 2 B]: see `held`."""
+        """A step has ended. Kept is also what its tokens gave in all to whom, [T, 2 B]: see `tokens`."""
         if self.count > self.before:
             lists = [torch.cat(parts, 1) for parts in zip(*self.lists, self.strongest(self.total))]
             T, _, slots = self.total.shape
-            mass = self.total.new_zeros(T, 2 * len(self.held))
+            mass = self.total.new_zeros(T, 2 * len(self.lengths))
             mass.index_add_(1, self.tokens[1, :slots], self.total[:, 0])
             self.kept.append((*lists, in_8_bits(mass)))
             self.lists, self.total = [], 0
@@ -103,12 +107,11 @@ def in_8_bits(weights: Tensor) -> Tensor:
 
 def attention_of(token: int, schedule: dict, model: Model) -> Tensor:
     """What a token, by its number in the order of writing, attended to: [L, H, tokens written up to its step]."""
-    cache, layers = Watched(model, schedule["blocks"]), []
+    cache, layers = Watched(model, schedule["blocks"], token), []
     cache.see = layers.append
     for _ in replay(schedule, model, cache=cache):
         if cache.count > token:
             break
-        layers.clear()
     row = token - cache.count  # from the step's end
     require(layers and row < 0 <= token, f"token {token} is not in the schedule")
     weights = torch.stack([weights[row] for weights in layers])  # [L, H, slots]

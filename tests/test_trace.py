@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from tiny import END, save_model
 from torch import Tensor
 
-from minihogwild import InputError, Model, generate, load, trace
+from minihogwild import InputError, Model, attention, generate, load, trace
 from minihogwild.generate import DUET, Run, main
 from minihogwild.oracle import Oracle, magnitude
 from minihogwild.prompts import Prompts, prompts_of
@@ -225,6 +226,26 @@ def test_a_replay_is_the_run_bit_for_bit(duet):
         expected = expected or [digest(logits) for _, logits in replay(duet.schedule, model)]
         watched = trace.Watched(model, duet.blocks)
         assert [digest(logits) for _, logits in replay(duet.schedule, model, cache=watched)] == expected
+
+
+def test_what_is_not_recorded_is_left_to_the_caches_own_ops(model, duet, monkeypatch):
+    """On CUDA kernels that keep no weights: those of a long prompt may not fit."""
+    own, plain, recorded = trace.Cache.__init__, [], []
+    ops = SimpleNamespace(linear=lambda *given: attention.linear(*given))
+    ops.attend = lambda *given: plain.append(cache.count) or attention.attend(*given)
+
+    def begin(self, *given, **options):
+        own(self, *given, **options)
+        self.ops = ops
+
+    monkeypatch.setattr(trace.Cache, "__init__", begin)
+    cache = trace.Record(model, duet.blocks, duet.first, 0)
+    cache.see = lambda weights: recorded.append(cache.count)
+    counts = [cache.count for _ in replay(duet.schedule, model, cache=cache)]
+    layers = model.config.num_hidden_layers
+    assert plain == [count for count in counts if count <= duet.first for _ in range(layers)] != []
+    assert recorded == [count for count in counts if count > duet.first for _ in range(layers)]
+    assert cache.linear is ops.linear
 
 
 def test_a_run_with_a_page_is_the_same_run(tmp_path):
