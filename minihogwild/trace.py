@@ -122,7 +122,8 @@ def attention_of(token: int, schedule: dict, model: Model) -> Tensor:
 def page(blocks: list[str], events: list[dict], model: Model, about: dict) -> bytes:
     """The page of a run, from its events; `about` it, its summary. What comes before anyone begins is not recorded.
 
-    Everything from the run is base64 there, of gzip: JSON, and the arrays that `Record` keeps.
+    Everything from the run is base64 there, of gzip: JSON, and the arrays that `Record` keeps. It holds what is shown:
+    of a model's folder not whose it is, of a step how many tokens it fed.
     """
     begun = next((n for n, event in enumerate(events) if event["do"] == "begin"), len(events))
     schedule = {"blocks": blocks, "events": [event for event in events if event["do"] in ("step", "move")]}
@@ -132,9 +133,13 @@ def page(blocks: list[str], events: list[dict], model: Model, about: dict) -> by
         record.end()
     streams = {block: Stream(model.tokenizer, []) for block in blocks}
     texts = [read(streams[block], token) for block, ids in fed(events) for token in ids]
-    about = {key: value for key, value in about.items() if not isinstance(value, list)}
+    shown = {key: about[key] for key in ("layout", "tokens", "seed", "stopped_by", "answer")}
+    shown["model"] = "/".join(Path(about["model"]).parts[-2:])
+    told = [{key: event[key] for key in ("do", "views", "from", "to", "worker") if key in event} for event in events]
+    for event, slim in zip(events, told):
+        slim["fed"] = [len(ids) for ids in event.get("tokens", [])]
     kept = {"layers": record.layers, "heads": record.heads, "top": TOP}
-    head = {"about": about, "blocks": blocks, "events": events, "begun": begun, "texts": texts, **kept}
+    head = {"about": shown, "blocks": blocks, "events": told, "begun": begun, "texts": texts, **kept}
     arrays = [torch.cat(parts) for parts in zip(*record.kept)]
     if arrays:  # three bytes are enough for a number; the first of all, then the second of all: so they shrink well
         arrays[0] = arrays[0].view(torch.uint8).view(-1, 4).T[:3]

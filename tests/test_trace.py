@@ -712,6 +712,61 @@ def test_other_runs(tiny, tmp_path, visit, options):
     assert int(page.locator("#step").text_content().split()[-1]) > 5 * bool(finishers)
 
 
+@BROWSER
+def test_a_run_to_its_end(tiny, tmp_path, visit):
+    """Bob retires, Alice is stopped; then a finisher writes, which no event lets begin. No name does harm."""
+    names = ("constructor", "__proto__", "toString")
+    words = replace(Prompts(), names=names, together="{names}: {problem} \\boxed", cue="So: \\boxed{")
+    run = Traced(tmp_path / "run.html", tiny, "Hi", workers=3, layout="contiguous", max_steps=8, prompts=words)
+    steps = [event for event in run.events if event["do"] == "step"][2:]
+    at = next(n for n, event in enumerate(run.events) if event is steps[4])
+    early = [*run.events[: at + 1], {"do": "retire", "worker": names[1]}]
+    for event in steps[5:]:  # without him
+        keep = [w for w, view in enumerate(event["views"]) if view[-1] != names[1]]
+        early.append({"do": "step", **{key: [event[key][w] for w in keep] for key in ("views", "tokens")}})
+    about = {"layout": "contiguous", "tokens": 1, "seed": 0, "stopped_by": "steps", "answer": None}
+    about |= {"model": str(tmp_path / "secret" / "org" / "tiny"), "text": "secret"}
+    run.path.write_bytes(trace.page(run.blocks, early, tiny, about))
+    page, last = visit(run.path), len(steps)
+    assert page.locator("#facts").text_content().startswith(f"org/tiny · {', '.join(names)}, ")
+    data = page.evaluate("JSON.stringify([about, events])")
+    assert "secret" not in data
+    assert "tokens" not in page.evaluate("Object.keys(events.at(-1))")
+    finisher = run.blocks[-1]
+    ends = {names[0]: 9, names[1]: 5, names[2]: 9, finisher: last}  # the finisher's first step feeds what was sampled
+    begins = dict.fromkeys(names, 1) | {finisher: 9}
+    for who, begin in begins.items():
+        bar = page.locator("#lanes .steps").filter(has=page.locator(f"span[title={who!r}]")).locator(".begin")
+        assert bar.get_attribute("title").startswith(f"step {begin}: {who} begins: ")
+        left, width = bar.evaluate("bar => [bar.style.left, bar.style.width].map(parseFloat)")
+        assert [left, width] == pytest.approx([100 * begin / last, 100 * (ends[who] - begin) / last], abs=0.01)
+    for n, state in ((5, "tokens in view"), (6, "retired"), (last, "retired")):
+        scrub(page, n)
+        assert pane(page, names[1]).locator("header span").first.text_content().endswith(state)
+        assert "retired" not in pane(page, names[0]).text_content()
+    place = "([n, reader]) => where(n, reader)"
+    token_of = "([who, step]) => writes[who].find(n => step_of[n] === step)"
+    bob = page.evaluate(token_of, [names[1], 2])
+    for step, expected in ((5, "writing at that moment"), (6, "unfinished paragraph")):
+        assert page.evaluate(place, [bob, page.evaluate(token_of, [names[0], step])]) == expected
+    colours = page.locator(".pane header button").evaluate_all("all => all.map(t => getComputedStyle(t).color)")
+    assert len(set(colours)) == 4
+    assert colours[3] == page.evaluate("getComputedStyle(document.body).color")
+    run.path.write_bytes(trace.page(run.blocks, early[:2], tiny, about))  # before anyone began
+    assert visit(run.path).locator(".pane").count() == 0
+
+
+@BROWSER
+def test_sixteen_workers_have_colours_of_their_own(tiny, tmp_path, visit):
+    words = replace(Prompts(), names=tuple("ABCDEFGHIJKLMNOP"))
+    run = Traced(tmp_path / "run.html", tiny, "Hi", workers=16, max_steps=1, prompts=words)
+    for scheme in ("light", "dark"):
+        page = visit(run.path, color_scheme=scheme)
+        colours = page.locator(".pane header button").evaluate_all("all => all.map(t => getComputedStyle(t).color)")
+        assert len(set(colours)) == 17  # and the finisher
+        assert contrast(page, ".pane header button, .block header span, .t:not(.hot)") >= 4.5
+
+
 # ---- the command
 
 
