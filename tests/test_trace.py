@@ -362,6 +362,10 @@ def test_each_workers_view_at_each_step(duet, visit):
                 shown = read([duet.ids[number] for number in numbers]).replace("\n", "")
                 assert text.replace("<|end|>", "") == shown
                 offset += count
+        assert page.evaluate("""Object.values(panes).every(({root, spans}) => {  // found by number: all that there are
+            const all = [...root.querySelectorAll(".t")];
+            return all.length === spans.size && all.every(t => spans.get(+t.dataset.n) === t);
+        })""")
 
 
 @BROWSER
@@ -428,8 +432,23 @@ def test_what_a_token_attended_to(duet, visit):
             else:
                 names = {"common": "history", duet.homes[number]: "own paragraph"}
                 assert where == f"{duet.homes[m]}, {names.get(block, 'writing at that moment')}"
-        who = page.locator("#who").text_content()
-        assert who.startswith(f"{duet.homes[number]} looks, in step {duet.step_of(number)}")
+        who = page.locator("#who h2").text_content()
+        reader = duet.homes[number]
+        follows = next(m for m in [*range(number + 1, len(duet.ids)), None] if m is None or duet.homes[m] == reader)
+        then = "" if follows is None else f", before {duet.model.tokenizer.decode([duet.ids[follows]]).strip()}"
+        assert who.replace("↵", "").strip() == f"{reader} looks, in step {duet.step_of(number)}{then}"
+        # The bar: of all layers and heads, what it gave to its own paragraph, the other's, what has moved, the prompt
+        mass = defaultdict(float)
+        for block, tokens in there.items():
+            for m in tokens:
+                key = (duet.homes[m], block == duet.blocks[0]) if duet.homes[m] in duet.workers else ""
+                mass[key] += duet.attention[number].mean((0, 1))[m].item()
+        other = next(worker for worker in duet.workers if worker != reader)
+        keys = [(reader, False), (other, False), *((w, True) for w in duet.workers), ""]
+        widths = page.locator("#shares i").evaluate_all(
+            "all => all.map(i => i.getBoundingClientRect().width / i.parentNode.getBoundingClientRect().width)"
+        )
+        assert widths == pytest.approx([mass[key] for key in keys], abs=0.01)
         # The stronger, the more it glows, in each view that holds it
         glowing = 0
         for m in told(page)[0]:
@@ -516,6 +535,31 @@ def test_mass_from_worker_to_worker(duet, visit, whole):
         assert sum(shown) == pytest.approx(1, abs=0.003)
     heads = page.locator("#matrix thead tr").last.locator("th").all_text_contents()
     assert heads == ["reader", "prompt", *duet.workers, *duet.workers]
+    if whole:
+        return
+    # The same as areas, from the bottom: own, the other's, both histories (pale), the prompt
+    for reader, svg in zip(duet.workers, page.locator("#strips svg").all(), strict=True):
+        other = next(worker for worker in duet.workers if worker != reader)
+        keys = [(reader, False), (other, False), *((w, True) for w in duet.workers), ("prompt", False)]
+        paths, low = svg.locator("path").all(), 0.0
+        assert [path.get_attribute("class") for path in paths] == [None, None, "pale", "pale", None]
+        for path, key in zip(paths, keys, strict=True):
+            column = sums[reader][key]
+            high = low + sum(column) / len(column)
+            corners = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path.get_attribute("d")[:-1])[1:]]
+            four = [corners[i] for i in (2 * n, 2 * n + 1, -2 * n - 1, -2 * n - 2)]
+            here = sorted(1 - y for _, y in four)
+            assert here == pytest.approx([low, low, high, high], abs=0.008)
+            assert [x for x, _ in four] == [n - 0.5, n + 0.5, n - 0.5, n + 0.5]
+            low = high
+
+
+@BROWSER
+def test_a_paragraph_that_would_begin_after_the_last_step(model, tmp_path, visit):
+    page = visit(Traced(tmp_path / "run.html", model, prompts_of(DUET).problem, max_steps=17).path)
+    mark = page.locator("#lanes .begin").nth(1)  # Alice's second
+    assert mark.get_attribute("title") == "step 17: Alice begins: "
+    assert mark.evaluate("mark => [mark.style.left, mark.style.width]") == ["100%", "0%"]
 
 
 @BROWSER
@@ -554,6 +598,17 @@ def test_keys(duet, visit):
     for key, there in (("ArrowRight", 18), ("ArrowLeft", 17), ("Shift+ArrowRight", 27), ("End", LAST), ("Home", 0)):
         press(key)
         assert step.text_content() == f"step {there} of {LAST}"
+    scrub(page, 17)
+    page.locator("#scrub").evaluate("slider => slider.blur()")
+    for key in ("Control+ArrowRight", "Alt+ArrowLeft", "Meta+ArrowRight"):  # the browser's own
+        press(key)
+    page.locator("#layer").focus()
+    press("End")
+    assert page.locator("#layer").input_value() != "-1"
+    assert step.text_content() == f"step 17 of {LAST}"
+    page.locator("#layer").select_option("-1")
+    page.locator("#layer").evaluate("select => select.blur()")
+    press("Home")
     moments = sorted(
         {int(mark.get_attribute("aria-label").split()[1][:-1]) for mark in page.locator("#lanes button").all()}
     )
@@ -704,10 +759,13 @@ def test_what_is_written_does_no_harm(model, tmp_path, visit, monkeypatch):
 @pytest.mark.parametrize("options", [{"workers": 1}, {"layout": "independent"}, {"layout": "contiguous", "workers": 8}])
 def test_other_runs(tiny, tmp_path, visit, options):
     words = replace(Prompts(), together="{names}: {problem} \\boxed", cue="So: \\boxed{")  # there will be a finisher
+    words = replace(words, separator="")
     page = visit(Traced(tmp_path / "run.html", tiny, "Hi", max_steps=5, prompts=words, **options).path)
     finishers = 1 if options.get("workers", 2) != 1 and options.get("layout") != "independent" else 0
     assert page.locator(".pane").count() == options.get("workers", 2) + finishers
     page.keyboard.press("End")
+    shown = [block.text_content() for block in page.locator(".block header").all() if block.is_visible()]
+    assert not [text for text in shown if text.startswith("separator")]  # nothing is in it
     assert page.locator(".hot").count()
     assert int(page.locator("#step").text_content().split()[-1]) > 5 * bool(finishers)
 
