@@ -54,7 +54,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, sc
     if plan.only and T > COLUMNS and keys.dtype.itemsize == 2:
         return flash(q, keys, values, plan, sight, scale)
     R = T * H // K  # rows that meet the same keys
-    # As shared memory allows; by comparisons, so that what is compiled for one T holds for others
+    # As shared memory allows; by comparisons, so that what is compiled for one T holds for others of the same M
     M = 16 if R <= 16 else 32 if R <= 32 or keys.dtype.itemsize == 4 else 64
     S = max(1, PROGRAMS // (K * triton.cdiv(R, M)))
     queries = turned(q, sight, K) * (scale / math.log(2))  # so that scores are powers of two

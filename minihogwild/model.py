@@ -12,7 +12,7 @@ from .cache import Cache
 from .config import Config, Layer, Weights
 from .memory import allocating
 
-COMPILE_FROM = 2**30  # bytes of weights; a smaller model has written all its text before it would be compiled
+COMPILE_FROM = 2**30  # bytes of all layers; for a smaller model, compiling takes longer than it saves in a usual run
 
 
 @torch.no_grad()
@@ -113,6 +113,6 @@ def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """One kernel for what lies between two products; made for the first number of tokens, for 1, and for any other."""
+    """One kernel for what lies between two products; made for one number of tokens, and at most four more times."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True)

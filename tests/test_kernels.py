@@ -41,3 +41,12 @@ def test_attention_equals_the_oracle(attend, shape, schedule, qk_norms, seed):
     theirs = list(run(oracle, events))
     if oracle.narrowest > 2e-3:
         assert max(relative_difference(a, b) for a, b in zip(ours, theirs)) <= 2e-4
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize(("T", "N", "E"), [(1, 70, 100), (3, 96, 576), (16, 130, 8300)])
+def test_linear_in_float16(T, N, E):
+    """The one 16-bit type that the interpreter has: short and long rows, split or not, ends that fill no tile."""
+    x, weight, bias = (torch.randn(shape, dtype=torch.float16) for shape in ((T, E), (N, E), (N,)))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert relative_difference(kernels.linear(x, weight, bias), exact) <= torch.finfo(torch.float16).eps

@@ -12,7 +12,7 @@ from minihogwild.generate import DUET, PACE, Printer, Run
 from minihogwild.live import Panes
 from minihogwild.prompts import prompts_of
 
-STEPS, WIDTH, HEIGHT = 196, 100, 35
+STEPS, WIDTH, HEIGHT = 196, 100, 31
 
 
 def main() -> None:
