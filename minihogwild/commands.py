@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .config import InputError, require
+from .config import Config, InputError, require
 
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write any; no terminal should obey
 
@@ -44,6 +44,12 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
         line = CONTROL_CODES.sub("", " ".join(str(error).split()))[:1000]
         print(f"{parser.prog}: {line}", file=sys.stderr)
         return 2
+
+
+def spare_threads(config: Config) -> None:
+    """Take one thread for a small model: more wait for each other, beside other programs fifty times as long."""
+    if config.hidden_size < 512:
+        torch.set_num_threads(1)
 
 
 def require_writable(path: Path, option: str, *others: Path | None) -> None:

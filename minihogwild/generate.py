@@ -16,7 +16,7 @@ from rich import get_console
 from torch import Tensor
 
 from .cache import Cache
-from .commands import CONTROL_CODES, Parser, require_writable, run_command, write_whole
+from .commands import CONTROL_CODES, Parser, require_writable, run_command, spare_threads, write_whole
 from .config import require
 from .layouts import COMMON, FINISHER, LAYOUTS
 from .load import DTYPES, Model, load
@@ -370,9 +370,7 @@ def read_prompt(given: str | None, default: str) -> str:
     if given in (None, "-"):
         nobody = sys.stdin is None or (given is None and sys.stdin.isatty())
         read = "" if nobody else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        if given is None and not read.strip() and default:
-            print(CONTROL_CODES.sub("", read := default), end="\n\n", flush=True)
-        given = read
+        given = default if given is None and not read.strip() else read
     require(given.strip(), "the prompt is empty: give it as an argument, or on standard input")
     return given
 
@@ -392,11 +390,14 @@ def command(options: argparse.Namespace) -> int:
     chosen = {key: value for key in vars(Sampling()) if (value := getattr(options, key)) is not None}
     Sampling(**chosen)  # refuses what is wrong before a model is loaded
     prompts = load_prompts(options.prompts) if options.prompts else None
-    prompt = read_prompt(options.prompt, (prompts or prompts_of(Path(options.model))).problem)
+    prompt = read_prompt(options.prompt, default := (prompts or prompts_of(Path(options.model))).problem)
     model = load(options.model, options.dtype, options.device)
+    spare_threads(model.config)
     sampling = replace(model.sampling, **chosen)
     run = Run(model, prompt, options.workers, options.layout, options.max_steps, sampling, options.seed, prompts)
     run.ahead = run.ahead and not pace  # while we pause, nobody would note how long the step took
+    if options.prompt is None and prompt == default:
+        print(CONTROL_CODES.sub("", prompt), end="\n\n", flush=True)
     due, recorded = time.monotonic(), []
     view = Printer([worker.name for worker in run.workers])
     if drawn:

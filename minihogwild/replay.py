@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache, check_move, check_step
-from .commands import Parser, require_writable, run_command, write_whole
+from .commands import Parser, require_writable, run_command, spare_threads, write_whole
 from .config import refusing, require
 from .load import DTYPES, Model, load
 from .memory import allocating
@@ -120,6 +120,7 @@ def command(options: argparse.Namespace) -> int:
     require_writable(options.out, "--out", options.schedule, *Path(options.model).glob("*"))
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     model = load(options.model, options.dtype, "cpu" if options.oracle else options.device)
+    spare_threads(model.config)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
     events = schedule["events"]
     chosen = range(len(events))[options.events]

@@ -643,6 +643,20 @@ def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):
     assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
 
 
+def test_a_small_model_takes_one_thread(command, folder):
+    """Else two programs on two cores, each with two threads, slow each other down fifty times."""
+    torch.set_num_threads(2)
+    try:
+        assert command("hi", "--max-steps", 2)[0] == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_nothing_is_printed_of_a_default_prompt_before_all_is_well(command):
+    assert command("--model", generate.DUET, "--seed", -1)[:2] == (2, "")
+
+
 def test_standard_output_may_be_a_notebooks(folder, monkeypatch):
     """Some other object with a `write`, and little more."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())

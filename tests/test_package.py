@@ -9,7 +9,7 @@ from pathlib import Path
 import minihogwild
 from minihogwild import forward
 
-LIMIT = 1902  # lines of code in the whole package; 1,300 in the end
+LIMIT = 1907  # lines of code in the whole package; 1,300 in the end
 
 
 def code_lines(source: str) -> int:
