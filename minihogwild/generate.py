@@ -416,7 +416,22 @@ def command(options: argparse.Namespace) -> int:
                 view.show(event)
     except KeyboardInterrupt:  # what has been written until then is kept
         run.stopped_by = "interrupt"
-    result = run.summary()
+    report(run, result := run.summary())
+    blocks = [*run.cache.lengths]
+    del run  # the page's replay needs room for a cache of its own
+    if options.json:
+        write_whole(options.json, [json.dumps(result, ensure_ascii=False, indent=2).encode(), b"\n"])
+    if options.record:
+        write_whole(options.record, [schedule_json(blocks, recorded)])
+    if options.trace:
+        from .trace import page  # not above: what watches is no part of the engine
+
+        write_whole(options.trace, [page(blocks, recorded, model, result)])
+    return 130 if result["stopped_by"] == "interrupt" else 0
+
+
+def report(run: Run, result: dict) -> None:
+    """The answer, for standard output; figures, for standard error."""
     if run.answer:
         print("\nAnswer:", CONTROL_CODES.sub("", run.answer), flush=True)
     by_worker = ", ".join(f"{worker.name} {worker.tokens}" for worker in run.workers)
@@ -427,18 +442,6 @@ def command(options: argparse.Namespace) -> int:
         f"stopped by {run.stopped_by}",
         file=sys.stderr,
     )
-    blocks = [*run.cache.lengths]
-    del run  # the page's replay needs room for a cache of its own
-    if options.json:
-        write_whole(options.json, [json.dumps(result, ensure_ascii=False, indent=2).encode(), b"\n"])
-    if options.record:
-        schedule = [event for event in recorded if event["do"] in ("step", "move")]
-        write_whole(options.record, [schedule_json(blocks, schedule)])
-    if options.trace:
-        from .trace import page  # not above: what watches is no part of the engine
-
-        write_whole(options.trace, [page(blocks, recorded, model, result)])
-    return 130 if result["stopped_by"] == "interrupt" else 0
 
 
 def main(argv: list[str] | None = None) -> int:

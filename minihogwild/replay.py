@@ -37,8 +37,8 @@ def digest(logits: Tensor) -> str:
 
 
 def schedule_json(blocks: list[str], events: list[dict]) -> bytes:
-    """A schedule as a file holds it: a line for each event."""
-    lines = ",\n".join(json.dumps(event, ensure_ascii=False) for event in events)
+    """A schedule as a file holds it: a line for each of a run's steps and moves."""
+    lines = ",\n".join(json.dumps(event, ensure_ascii=False) for event in events if event["do"] in ("step", "move"))
     return f'{{"version": 1, "blocks": {json.dumps(blocks, ensure_ascii=False)}, "events": [\n{lines}\n]}}\n'.encode()
 
 
