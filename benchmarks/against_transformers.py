@@ -68,8 +68,10 @@ def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, 
         forward(chunk, ours.weights, ours.config, cache, cache.extend([["prompt"]], [len(chunk)]))
     theirs(prompt[None], past_key_values=past, logits_to_keep=1)
     past.batch_repeat_interleave(workers)
-    layers = [matrix for layer in ours.weights.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    rows = [(torch.randn(1, matrix.shape[1], dtype=ours.dtype), matrix) for matrix in (*layers, ours.weights.head)]
+    matrices = [ours.weights.head.tensor]
+    for layer in ours.weights.layers:
+        matrices += [matrix.tensor for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    rows = [(torch.randn(1, matrix.shape[1], dtype=ours.dtype), matrix) for matrix in matrices]
     step = {
         "ours": lambda: forward(tokens, ours.weights, ours.config, cache, cache.extend(views, [1] * workers)),
         "theirs": lambda: theirs(tokens[:, None], past_key_values=past),

@@ -1,16 +1,33 @@
 """Hogwild! inference (arXiv 2504.06261) from scratch: several workers write into one attention cache.
 
-The generation loop is `minihogwild.generate.Run`; it is not imported here, since that module is also the command.
+Each name below is imported when it is first asked for. So `import minihogwild` costs nothing, and a command can speak,
+or be interrupted, before PyTorch has been loaded.
 """
 
-from .attention import Plan
-from .cache import Cache
-from .config import Config, InputError, Layer, Rope, Weights
-from .load import Model, load
-from .model import forward, step
-from .sampling import Sampling, sample
+from importlib import import_module
 
-__all__ = [
-    "Cache", "Config", "InputError", "Layer", "Model", "Plan", "Rope", "Sampling", "Weights",
-    "forward", "load", "sample", "step",
-]  # fmt: skip
+# What the package offers, and the module that it comes from
+_MODULES = {
+    "Cache": "cache",
+    "Config": "config",
+    "InputError": "errors",
+    "Layer": "weights",
+    "LayerKind": "config",
+    "Model": "hub",
+    "Plan": "attention",
+    "Rope": "config",
+    "Run": "workers",
+    "Sampling": "sampling",
+    "Weights": "weights",
+    "forward": "model",
+    "load": "hub",
+    "sample": "sampling",
+    "step": "model",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

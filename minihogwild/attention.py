@@ -1,101 +1,206 @@
-"""Attention of all workers' new tokens over the shared pool of pages, each key and value read once; in PyTorch.
+"""Concurrent attention: the two tables of a step, and what PyTorch makes of them.
 
-`kernels` has the same `linear` and `attend` for CUDA.
+Keys and values of all blocks lie in one pool of pages; a page belongs to one block. Attention goes over the pool once
+for all rows, whichever worker they belong to: page by page, with the query that was rotated for that page's block, then
+one softmax. So each key and value is read once a step, and not once a worker. (`gpu/kernels.py` does the same in one
+pass, as an online softmax.)
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import rotate, rotation
 
-AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # a CPU without AVX-512
+# `page_start` of a page that the step does not read: past every token that a row may see
+UNREAD = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that one step needs to know about positions: made once by `Cache.extend`, used by every layer.
+    """Where the new tokens of one step stand, and what each may see: whole numbers, the same for all layers.
 
-    B counts the blocks in this step's views, in the order in which these first name them, P the pages from the pool's
-    start to the last one in use; in a plan that stays in place, all blocks and all pages, so that one graph serves
-    while texts grow. All are int64.
+    `Cache.extend` makes it, on the host. B counts the blocks in the step's views, in the order in which the views
+    first name them; P the pages from the pool's start to the last one that these blocks hold. All tensors are int64.
     """
 
-    offset: Tensor  # [T, B]
-    visible: Tensor  # [T, B]
-    own: Tensor  # [T]: the column b of the block that the token is written to,
-    slot: Tensor  # [T]: and where in the pool: page * PAGE + place
+    offset: Tensor  # [T, B]: where the block starts in that row's view
+    visible: Tensor  # [T, B]: how many of the block's tokens the row may see
+    own: Tensor  # [T]: the column b of the block that the row's token is written to
+    slot: Tensor  # [T]: where in the pool it is written: page * PAGE + place in the page
     last: Tensor  # [W]: the row of each worker's last token
-    page_column: Tensor  # [P]: the column b of the block that owns the page
-    page_first: Tensor  # [P]: which of its tokens comes first there; more than any row may see in an unused page
-    pages: Tensor  # [1]: how many, from the pool's start to the last one in use
-    only: int  # length of the block, where the step's views hold but one; else 0, as in plans that stay in place
+    page_block: Tensor  # [P]: the column b of the block that owns the page
+    page_start: Tensor  # [P]: which of the block's tokens comes first in the page; UNREAD in pages of other blocks
+    pages: Tensor  # [1]: P
+    page_size: int  # tokens of a page, "PAGE" in shapes
+    lone_block_length: int  # where the step's views hold one block alone, as for a prompt: its length; else 0
+
+    def padded(self, blocks: int, pages: int) -> "Plan":
+        """The same plan, on the host, with columns for as many blocks and pages, which nobody sees.
+
+        So all steps of as many rows have tables of the same shapes, as a recorded step needs.
+        """
+        return replace(
+            self,
+            offset=padded(self.offset, (len(self.offset), blocks), 0),
+            visible=padded(self.visible, (len(self.visible), blocks), 0),
+            page_block=padded(self.page_block, (pages,), 0),
+            page_start=padded(self.page_start, (pages,), UNREAD),
+            lone_block_length=0,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def to(self, device: torch.device) -> "Plan":
+        """The same plan on a device, sent in one transfer that the host does not wait for."""
+        if self.offset.device.type == device.type:
+            return self
+        packed = torch.empty(self.packed_size(), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.pack(packed)
+        return self.unpack(packed.to(device, non_blocking=True))
+
+    def packed_size(self) -> int:
+        return sum(rounded_up(tensor.numel()) for tensor in self.tensors())
+
+    def pack(self, into: Tensor) -> None:
+        """Write all tensors into one of `packed_size()`, on the host, one behind the other.
+
+        By NumPy: PyTorch may hand even small copies to its thread pool, and a step must not wait for threads.
+        """
+        target = into.numpy()
+        start = 0
+        for tensor in self.tensors():
+            target[start : start + tensor.numel()] = tensor.numpy().reshape(-1)
+            start += rounded_up(tensor.numel())
+
+    def unpack(self, packed: Tensor) -> "Plan":
+        """This plan with the tensors that were packed into one, as views of it."""
+        found = {}
+        start = 0
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, Tensor):
+                found[field.name] = packed[start : start + tensor.numel()].view(tensor.shape)
+                start += rounded_up(tensor.numel())
+        return replace(self, **found)
+
+
+def padded(table: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
+    """The table, in the corner of a larger one that is else filled with `value`."""
+    larger = np.full(shape, value, dtype=np.int64)
+    corner = tuple(slice(size) for size in table.shape)
+    larger[corner] = table.numpy()
+    return torch.from_numpy(larger)
+
+
+def rounded_up(count: int) -> int:
+    """Numbers of 8 bytes that a packed tensor takes: each begins at a multiple of 16 bytes, as GPUs like it."""
+    return count + count % 2
+
+
+@dataclass
+class LayerCache:
+    """The KV cache of one layer: the pool of pages, shared by all blocks.
+
+    Keys lie page by page, since each page meets a query of its own; values head by head, since after the softmax the
+    whole pool is one long row of weights.
+    """
+
+    keys: Tensor  # [pages, K, PAGE, D], each rotated to its position in its block
+    values: Tensor  # [K, pages * PAGE, D]
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What follows from a plan, computed on the device once per step."""
+class Positions:
+    """What follows from a plan for all layers of one kind, computed on the device, once a step."""
 
-    page: Tensor  # [T]: where in the pool the token goes,
-    place: Tensor  # [T]: and where in that page
-    key: Tensor  # [2, T, 1, D], cos and sin: by the index in the own block
-    query: Tensor  # [2, T, B, 1, D]: by position - offset
-    mask: Tensor  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere
+    plan: Plan
+    page: Tensor  # [T]: where the new token is written: which page,
+    place: Tensor  # [T]: and where in it
+    key_rotation: Tensor  # [2, T, 1, D], cos and sin: to the token's index in its own block
+    query_rotation: Tensor  # [2, T, B, 1, D], cos and sin: by the distance from each block's start
+    causal_mask: Tensor | None  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere; None: not needed
 
 
-def look(plan: Plan, frequencies: Tensor, page: int, dtype: torch.dtype) -> Sight:
+def positions_of(plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dtype: torch.dtype) -> Positions:
+    """`frequencies` [D / 2] are those of a kind of layer; rotations are made in `dtype`."""
     own = plan.own[:, None]
-    index = plan.visible.gather(1, own) - 1  # [T, 1]
-    distance = plan.offset.gather(1, own) + index - plan.offset  # [T, B]: from a block's start to the row
-    place = plan.page_first[:, None] + torch.arange(page, device=own.device)  # [P, PAGE]
-    seen = place < plan.visible[:, plan.page_column, None]  # [T, P, PAGE]
-    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
-    key, query = rotation(index, frequencies, dtype), rotation(distance[..., None], frequencies, dtype)
-    return Sight(plan.slot // page, plan.slot % page, key, query, mask)
+    index = plan.visible.gather(1, own) - 1  # [T, 1]: a token sees its own block up to and including itself
+    position = plan.offset.gather(1, own) + index  # [T, 1]: in its view
+    distance = position - plan.offset  # [T, B]
+    return Positions(
+        plan=plan,
+        page=plan.slot // plan.page_size,
+        place=plan.slot % plan.page_size,
+        key_rotation=rotation(index, frequencies, dtype),
+        query_rotation=rotation(distance[..., None], frequencies, dtype),
+        causal_mask=causal_mask,
+    )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, [T, E] to [T, N]."""
-    if not (AVX2 and x.device.type == "cpu" and x.dtype == torch.float32):
-        return F.linear(x, weight, bias)
-    y = (weight @ x.T).T.contiguous()  # four rows cost no more than one so; as x Wᵀ, twice as much
-    return y if bias is None else y + bias
+def causal_mask_of(plan: Plan, dtype: torch.dtype) -> Tensor:
+    """[T, 1, P, PAGE]: 0 for the keys that a row may see, -inf for all others.
+
+    Causal or not, in whatever view: a key is seen when its index in its block is below `visible`.
+    """
+    place = torch.arange(plan.page_size, device=plan.page_start.device)
+    index_of_key = plan.page_start[:, None] + place  # [P, PAGE]
+    visible = plan.visible[:, plan.page_block, None]  # [T, P, 1]
+    seen = index_of_key < visible  # [T, P, PAGE]
+    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    return mask[:, None]
 
 
-def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, plan: Plan, sight: Sight) -> None:
+def append(kv: LayerCache, k: Tensor, v: Tensor, positions: Positions) -> None:
     """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
-    keys[sight.page, :, sight.place] = rotate(k.to(sight.key.dtype), *sight.key).to(keys.dtype)
-    values[:, plan.slot] = v.transpose(0, 1).to(values.dtype)
+    rotated = rotate(k.to(positions.key_rotation.dtype), *positions.key_rotation)
+    kv.keys[positions.page, :, positions.place] = rotated.to(kv.keys.dtype)
+    kv.values[:, positions.plan.slot] = v.transpose(0, 1).to(kv.values.dtype)
 
 
-def turned(q: Tensor, sight: Sight, K: int) -> Tensor:
-    """Queries [T, H, D], as projected, rotated for each block: [B, K, T, G, D]."""
-    queries = rotate(q.to(sight.query.dtype)[:, None], *sight.query)  # [T, B, H, D]
-    return queries.unflatten(2, (K, -1)).permute(1, 2, 0, 3, 4)
+def rotate_for_each_block(q: Tensor, positions: Positions, K: int) -> Tensor:
+    """Queries [T, H, D], as projected, rotated once for each block: [B, K, T, G, D]."""
+    exact = q.to(positions.query_rotation.dtype)
+    rotated = rotate(exact[:, None], *positions.query_rotation)  # [T, B, H, D]
+    by_head = rotated.unflatten(2, (K, -1))  # [T, B, K, G, D]
+    return by_head.permute(1, 2, 0, 3, 4)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, plan: Plan, sight: Sight, scale: float,
-           see: Callable[[Tensor], None] = lambda weights: None) -> Tensor:  # fmt: skip
+def attend(q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
     """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
 
-    Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it. `see` gets the
-    softmax's weights, [K, T, G, P PAGE].
+    Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it.
     """
-    (T, H, D), (_, K, PAGE, _), (P,) = q.shape, keys.shape, plan.page_column.shape
-    exact = sight.mask.dtype
-    keys = keys[:P].to(exact).view(P * K, PAGE, D)
-    values = values[:, : P * PAGE].to(exact)  # [K, P PAGE, D]
-    # Each page's own query: the one that is rotated for the page's block
-    queries = turned(q, sight, K).contiguous().index_select(0, plan.page_column)  # [P, K, T, G, D]
-    scores = torch.bmm(queries.view(P * K, -1, D), keys.mT)  # [P K, T G, PAGE]
-    del queries  # the largest of all where many tokens are prefilled
-    scores = scores.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-    # Given where to, since on its own it would keep the pages' order, and softmax copy everything
-    scores = torch.add(sight.mask, scores, alpha=scale, out=scores.new_empty(scores.shape))
-    weights = scores.flatten(3).softmax(-1)  # [K, T, G, P PAGE]: over all blocks together
-    see(weights)
+    weights = attention_weights(q, kv, positions, scale)
+    return mix_values(weights, kv, positions).to(q.dtype)
+
+
+def attention_weights(q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
+    """What each row gives to each slot of the pool, after the softmax: [K, T, G, P * PAGE]."""
+    plan = positions.plan
+    mask = positions.causal_mask
+    T, K, P, PAGE = len(q), kv.keys.shape[1], len(plan.page_block), plan.page_size
+    # Each page meets the queries that were rotated for the page's block.
+    by_block = rotate_for_each_block(q, positions, K).contiguous()  # [B, K, T, G, D]
+    queries = by_block.index_select(0, plan.page_block)  # [P, K, T, G, D]
+    del by_block
+    keys = kv.keys[:P].to(mask.dtype)  # [P, K, PAGE, D]
+    products = torch.bmm(queries.flatten(0, 1).flatten(1, 2), keys.flatten(0, 1).mT)  # [P K, T G, PAGE]
+    del queries  # the largest tensor of all where many tokens are prefilled
+    products = products.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
+    # Written into a tensor in this very order: left alone, the sum would keep the products' order in memory, and
+    # the softmax would have to copy it.
+    scores = torch.add(mask, products, alpha=scale, out=products.new_empty(products.shape))
+    return scores.flatten(3).softmax(-1)  # over all blocks together
+
+
+def mix_values(weights: Tensor, kv: LayerCache, positions: Positions) -> Tensor:
+    """The sum of the values by their weights, [K, T, G, P * PAGE]: [T, H, D]."""
+    K, T, _, slots = weights.shape
+    values = kv.values[:, :slots].to(weights.dtype)
     mixed = torch.bmm(weights.flatten(1, 2), values)  # [K, T G, D]
-    return mixed.view(K, T, -1, D).transpose(0, 1).reshape(T, H, D).to(q.dtype)
+    return mixed.view(K, T, -1, mixed.shape[-1]).transpose(0, 1).flatten(1, 2)  # [T, K G, D]

@@ -1,156 +1,312 @@
-"""The shared cache: blocks that every worker sees in an order of its own, each key stored once.
+"""The shared KV cache: blocks that every worker sees in an order of its own, each key stored once.
 
-A *block* is an append-only run of tokens; key n is stored rotated to position n of its block. A *view* is
-an ordered list of blocks, the last of which its worker writes to; a block starts where those before it
-end. For row t (a new token) and block b two integers then say everything:
+A *block* is an append-only run of tokens; key n is stored rotated to position n of its block. A *view* is an ordered
+list of blocks, the last of which its worker writes to; a block starts where those before it end. For row t (a new
+token) and block b two integers then say everything:
 
     offset[t, b]    where the block starts in that row's view
-    visible[t, b]   how many of its tokens the row may see: all; index + 1 of its own block; 0 if not in view
+    visible[t, b]   how many of its tokens the row may see: all; index + 1 of its own block; 0 if it is not in the view
 
     score(t, b, n) = <R(position[t] - offset[t, b]) q_t, R(n) k_bn>     for n < visible[t, b]
 
-Only the query knows about the view: it is rotated once per block, a key never.
+Only the query knows about the view: it is rotated once per block, and a key never.
 
-Tokens live in a pool of pages; a page belongs to one block. Attention goes over the pool once for all
-rows, whoever they belong to: page by page with the query for that page's block, then one softmax.
+Tokens live in a pool of pages, each of which belongs to one block or is free (a "paged" KV cache).
 """
 
-from collections.abc import Collection
-from importlib import import_module
-from importlib.util import find_spec
-from itertools import accumulate
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Plan
-from .config import Config, require
-from .memory import allocating
-from .rope import attention_factor, inverse_frequencies, rotate, rotation
+from .attention import UNREAD, LayerCache, Plan
+from .backend import PyTorchBackend, choose_backend
+from .config import Config
+from .errors import InputError, allocating, require
+from .rope import frequencies_of, rotate, rotation
 
 PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
+NOBODY = -1  # owns a page that is free
 
 
 class Cache:
     """Keys and values of all blocks, for all layers."""
 
-    # `static`: the plans of decode steps stay in place, as CUDA graphs need; None: where there are kernels
-    def __init__(self, config: Config, blocks: list[str], dtype: torch.dtype, device: torch.device | str = "cpu",
-                 static: bool | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        blocks: list[str],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        backend: PyTorchBackend | None = None,  # None: the fastest that there is
+        page_size: int = PAGE,
+    ):
         require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config = config
+        self.dtype = dtype
+        self.page_size = page_size
+        self.device = torch.device(device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
-        self.scale = attention_factor(config.rope) ** 2 / config.head_dim**0.5
-        exact = "cpu" if self.device.type == "mps" else device  # MPS lacks float64
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim).to(exact)
-        cuda = self.device.type == "cuda"
-        fused = cuda and dtype.itemsize <= 4 and find_spec("triton") is not None
-        self.static = fused if static is None else static
-        self.ops = import_module(".kernels" if fused else ".attention", __package__)  # `linear` and `attend`
-        self.buffers: dict[int, Tensor] = {}  # static plans, packed, by T
-        self.graphs: dict[int, tuple] = {}  # of recorded steps, by T (`model.decode`); with the pool's size, both end
-        self.lengths = {block: 0 for block in blocks}
+        self.backend = choose_backend(self.device, dtype) if backend is None else backend
+        holds_float64 = "cpu" if self.device.type == "mps" else self.device  # MPS lacks float64
+        kinds = set(config.layer_kinds)
+        self.frequencies = {kind: frequencies_of(kind, config).to(holds_float64) for kind in kinds}
+
+        self.lengths = dict.fromkeys(blocks, 0)  # tokens, by block
         self.pages: dict[str, list[int]] = {block: [] for block in blocks}
         self.free: list[int] = []  # pages, lowest first, so that the pool stays dense at its start
-        K, D, L = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        # Keys lie by page, since each page meets a query of its own; values by head, since after the softmax
-        # the pool is one long row of weights.
-        self.keys = [torch.empty(0, K, PAGE, D, dtype=dtype, device=device) for _ in range(L)]
-        self.values = [torch.empty(K, 0, D, dtype=dtype, device=device) for _ in range(L)]
+        # For each page of the pool: who owns it (the number of a block), and which of its tokens comes first there
+        self.numbers = {block: number for number, block in enumerate(blocks)}
+        self.page_owner = np.zeros(0, dtype=np.int64)
+        self.page_start = np.zeros(0, dtype=np.int64)
+        self.broken_by: str | None = None  # what failed half-way: see `_changing`
+
+        K, D = config.num_key_value_heads, config.head_dim
+        self.layers = [
+            LayerCache(
+                keys=torch.empty(0, K, self.page_size, D, dtype=dtype, device=self.device),
+                values=torch.empty(K, 0, D, dtype=dtype, device=self.device),
+            )
+            for _ in config.layer_kinds
+        ]
+
+    # ---- what a step and a move do to blocks
 
     def extend(self, views: list[list[str]], counts: list[int]) -> Plan:
         """Make room for `counts[w]` new tokens at the end of the last block of `views[w]`, for each worker.
 
         The blocks' lengths advance at once; `forward` with this plan then writes the keys and values.
-        Raises InputError where the views contradict each other; the cache is then as it was.
+        Raises InputError where the views contradict each other or memory is out; the cache is then as it was.
         """
         check_step(views, counts, self.lengths)
-        slot = torch.cat([self._claim(view[-1], count) for view, count in zip(views, counts)])
-        static = self.static and max(counts) == 1
-        blocks = self.lengths if static else dict.fromkeys(block for view in views for block in view)
-        columns = {block: b for b, block in enumerate(blocks)}
-        starts = [dict(zip(view, accumulate(map(self.lengths.get, view), initial=0))) for view in views]
-        offset = torch.tensor([[start.get(block, 0) for block in columns] for start in starts])
-        visible = torch.tensor([[self.lengths[block] * (block in start) for block in columns] for start in starts])
-        own = torch.tensor([columns[view[-1]] for view in views])
+        own_blocks = [view[-1] for view in views]
+        with self._changing("a step"):
+            self._make_room_for(own_blocks, counts)
+            for block, count in zip(own_blocks, counts):
+                self._lengthen(block, count)
+        return self._plan(views, counts)
 
-        # From a row for each worker to a row for each token: they differ in the index in the own block.
-        repeats = torch.tensor(counts)
-        offset, visible, own = (table.repeat_interleave(repeats, 0) for table in (offset, visible, own))
-        last = repeats.cumsum(0) - 1
-        rows = torch.arange(len(own))
-        visible[rows, own] -= last.repeat_interleave(repeats) - rows
-
-        pages = 1 + max(page for block in columns for page in self.pages[block])
-        page_column = torch.zeros(len(self.keys[0]) if static else pages, dtype=torch.int64)
-        page_first = torch.full_like(page_column, torch.iinfo(torch.int32).max)
-        for block, b in columns.items():
-            page_column[self.pages[block]] = b
-            page_first[self.pages[block]] = torch.arange(len(self.pages[block])) * PAGE
-        tables = [offset, visible, own, slot, last, page_column, page_first, torch.tensor([pages])]
-        only = 0 if static or len(columns) > 1 else self.lengths[views[0][-1]]
-        return Plan(*self._send(tables, static), only)
-
-    def _send(self, tables: list[Tensor], static: bool) -> list[Tensor]:
-        """The tables on the cache's device, in one transfer that nothing waits for; static ones always in one place."""
-        parts = [F.pad(table.flatten(), (0, table.numel() % 2)) for table in tables]  # each begins at 16 bytes
-        packed = torch.cat(parts)
-        if self.device.type == "cuda":
-            packed = packed.pin_memory()  # a fresh one: the last step's may still be on its way
-        if static:
-            T = len(tables[0])
-            if T not in self.buffers:
-                self.buffers[T] = torch.empty_like(packed, device=self.device)
-            packed = self.buffers[T].copy_(packed, non_blocking=True)
-        packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
-        return [part[: table.numel()].view(table.shape) for part, table in zip(packed, tables)]
+    @contextmanager
+    def extended(self, views: list[list[str]], counts: list[int]) -> Iterator[Plan]:
+        """`extend`, for a forward pass inside the `with`: where that fails, the blocks are as long as before."""
+        plan = self.extend(views, counts)
+        try:
+            yield plan
+        except BaseException:
+            with self._changing("the undoing of a step"):
+                self._clear(plan.slot)
+                for view, count in zip(views, counts):
+                    self._shorten(view[-1], count)
+            raise
 
     @torch.no_grad()
     def move(self, source: str, target: str) -> None:
-        """Append the whole of one block to another and empty it: keys turned on, values copied.
+        """Append the whole of one block to another and empty it: keys rotated on, values copied.
 
         Raises InputError for a block that the cache does not have, or a move onto itself.
         """
         check_move(source, target, self.lengths)
-        count, at = self.lengths[source], self.lengths[target]
-        tables = self._slots(source, 0, count), self._claim(target, count), torch.tensor(at)
-        old, new, at = (table.to(self.device, non_blocking=True) for table in tables)
-        turn = rotation(at, self.frequencies, self.compute_dtype)
-        for keys, values in zip(self.keys, self.values):
-            moved = keys[old // PAGE, :, old % PAGE].to(self.compute_dtype)
-            keys[new // PAGE, :, new % PAGE] = rotate(moved, *turn).to(self.dtype)
-            values[:, new] = values[:, old]
-        self.free = sorted(self.free + self.pages[source])
-        self.pages[source], self.lengths[source] = [], 0
+        count, start = self.lengths[source], self.lengths[target]
+        with self._changing("a move"):
+            old_slots = self._slots(source, 0, count)
+            try:
+                self._make_room_for([target], [count])
+                self._lengthen(target, count)
+                self._empty(source)
+            except InputError:
+                # No memory for more pages: the source's own are taken over. They always suffice.
+                self._empty(source)
+                self._lengthen(target, count)
+            new_slots = self._slots(target, start, start + count)
+            self._move_tokens(old_slots, new_slots, start)
 
-    def _slots(self, block: str, start: int, stop: int) -> Tensor:
-        n = torch.arange(start, stop)
-        return torch.tensor(self.pages[block], dtype=torch.int64)[n // PAGE] * PAGE + n % PAGE
+    def drop(self, block: str) -> None:
+        """Empty a block: what it held is forgotten. Raises InputError for a block that the cache does not have."""
+        check_known([block], self.lengths)
+        with self._changing("a drop"):
+            self._empty(block)
 
-    def _claim(self, block: str, count: int) -> Tensor:
-        """Lengthen a block by `count` tokens; returns their slots, [count]."""
-        stop = self.lengths[block] + count
-        missing = -(-stop // PAGE) - len(self.pages[block])
-        if missing > len(self.free):
-            self._grow(missing - len(self.free))
-        self.pages[block] += self.free[:missing]
-        del self.free[:missing]
-        self.lengths[block] = stop
-        return self._slots(block, stop - count, stop)
+    def _move_tokens(self, old_slots: list[int], new_slots: list[int], distance: int) -> None:
+        """Copy keys, rotated on by `distance`, and values. Old and new slots may be the same ones in another order."""
+        old = self._on_device(old_slots)
+        new = self._on_device(new_slots)
+        turns = {}
+        for kind, frequencies in self.frequencies.items():
+            turns[kind] = rotation(self._on_device(distance), frequencies, self.compute_dtype)
+        for kind, kv in zip(self.config.layer_kinds, self.layers):
+            # Indexing copies: all of a layer's tokens are in hand before the first is written.
+            keys = kv.keys[old // self.page_size, :, old % self.page_size].to(self.compute_dtype)
+            values = kv.values[:, old]
+            kv.keys[new // self.page_size, :, new % self.page_size] = rotate(keys, *turns[kind]).to(self.dtype)
+            kv.values[:, new] = values
 
-    def _grow(self, missing: int) -> None:
-        """Enlarge the pool by `missing` pages. It at least doubles, so a token is copied about once."""
-        old, K, _, D = self.keys[0].shape
-        new = max(old, missing)
-        nbytes = 2 * (len(self.keys) * new + old) * PAGE * K * D * self.dtype.itemsize  # old layers go one by one
-        with allocating(nbytes, f"a cache of {(old + new) * PAGE} tokens", self.device):
-            for layer, (keys, values) in enumerate(zip(self.keys, self.values)):
+    def _clear(self, slots: Tensor) -> None:
+        """Overwrite what a failed step may have left: a slot that nobody sees must still hold finite numbers."""
+        slots = slots.to(self.device)
+        for kv in self.layers:
+            kv.keys[slots // self.page_size, :, slots % self.page_size] = 0
+            kv.values[:, slots] = 0
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Around every change. One that is cut off half-way leaves a cache that says so, and never wrong logits.
+
+        InputError is raised before anything changes, and breaks nothing.
+        """
+        require(self.broken_by is None, f"this cache cannot be used any more: {self.broken_by} was cut off half-way")
+        self.broken_by = what
+        try:
+            yield
+        except InputError:
+            self.broken_by = None
+            raise
+        self.broken_by = None
+
+    # ---- the plan of a step
+
+    def _plan(self, views: list[list[str]], counts: list[int]) -> Plan:
+        """The tables for a step that has just been given its room, on the host.
+
+        In NumPy, since PyTorch would hand some of these small operations to its thread pool, whose threads a busy
+        machine may keep waiting for longer than a GPU needs for the whole step.
+        """
+        columns: dict[str, int] = {}  # block -> b
+        for view in views:
+            for block in view:
+                columns.setdefault(block, len(columns))
+
+        # A row for each worker: where each block starts in its view, and how long it is; 0 for blocks out of view.
+        offsets, lengths = [], []
+        for view in views:
+            offset_row, length_row = [0] * len(columns), [0] * len(columns)
+            start = 0
+            for block in view:
+                offset_row[columns[block]] = start
+                length_row[columns[block]] = self.lengths[block]
+                start += self.lengths[block]
+            offsets.append(offset_row)
+            lengths.append(length_row)
+
+        # A row for each token: as its worker's, but of its own block it sees itself and what stands before it, and not
+        # what comes later. That is all there is to a causal mask.
+        worker = np.repeat(np.arange(len(views)), counts)  # [T]
+        token = np.arange(len(worker))
+        own = np.array([columns[view[-1]] for view in views])[worker]
+        last = np.cumsum(counts) - 1
+        tokens_that_come_later = last[worker] - token
+        visible = np.array(lengths)[worker]
+        visible[token, own] -= tokens_that_come_later
+
+        slots = []
+        for view, count in zip(views, counts):
+            length = self.lengths[view[-1]]
+            slots += self._slots(view[-1], length - count, length)
+
+        pages_read = 1 + max(max(self.pages[block], default=-1) for block in columns)
+        column_of_number = np.full(len(self.numbers) + 1, NOBODY)  # its last entry stands for NOBODY itself
+        for block, column in columns.items():
+            column_of_number[self.numbers[block]] = column
+        page_block = column_of_number[self.page_owner[:pages_read]]
+        in_a_view = page_block != NOBODY
+        page_start = np.where(in_a_view, self.page_start[:pages_read], UNREAD)
+        lone_block_length = self.lengths[views[0][-1]] if len(columns) == 1 else 0
+        return Plan(
+            offset=torch.from_numpy(np.array(offsets)[worker]),
+            visible=torch.from_numpy(visible),
+            own=torch.from_numpy(own),
+            slot=torch.from_numpy(np.array(slots)),
+            last=torch.from_numpy(last),
+            page_block=torch.from_numpy(np.where(in_a_view, page_block, 0)),
+            page_start=torch.from_numpy(page_start),
+            pages=torch.from_numpy(np.array([pages_read])),
+            page_size=self.page_size,
+            lone_block_length=lone_block_length,
+        )
+
+    def _slots(self, block: str, start: int, stop: int) -> list[int]:
+        """Where in the pool the tokens [start, stop) of a block lie: page * page_size + place in the page."""
+        pages = self.pages[block]
+        slots = []
+        for n in range(start, stop):
+            page, place = divmod(n, self.page_size)
+            slots.append(pages[page] * self.page_size + place)
+        return slots
+
+    def _on_device(self, numbers: list[int] | int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    # ---- pages
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)  # rounded up
+
+    def _lengthen(self, block: str, count: int) -> None:
+        """Add tokens to a block, and the pages for them, lowest first: there must be room."""
+        length = self.lengths[block] + count
+        held = len(self.pages[block])
+        missing = self._pages_for(length) - held
+        if missing > 0:
+            claimed = self.free[:missing]
+            del self.free[:missing]
+            self.pages[block] += claimed
+            self.page_owner[claimed] = self.numbers[block]
+            self.page_start[claimed] = np.arange(held, held + missing) * self.page_size
+        self.lengths[block] = length
+
+    def _shorten(self, block: str, count: int) -> None:
+        """Take tokens from the end of a block, and give back the pages that it then no longer needs."""
+        self.lengths[block] -= count
+        needed = self._pages_for(self.lengths[block])
+        given_back = self.pages[block][needed:]
+        self.pages[block] = self.pages[block][:needed]
+        self.page_owner[given_back] = NOBODY
+        self.free = sorted(self.free + given_back)
+
+    def _empty(self, block: str) -> None:
+        self._shorten(block, self.lengths[block])
+
+    def _make_room_for(self, blocks: list[str], counts: list[int]) -> None:
+        """Enlarge the pool if these blocks cannot all grow by these numbers of tokens.
+
+        Raises InputError where there is no memory for that.
+        """
+        missing = -len(self.free)
+        for block, count in zip(blocks, counts):
+            missing += self._pages_for(self.lengths[block] + count) - len(self.pages[block])
+        if missing <= 0:
+            return
+        pool = len(self.page_owner)
+        try:
+            self._resize_pool(pool + max(pool, missing))  # at least doubled: so a token is copied about once in all
+        except InputError:
+            self._resize_pool(pool + missing)
+
+    def _resize_pool(self, pages: int) -> None:
+        """Give every layer a pool of as many pages, with what it held. Raises InputError where memory is out.
+
+        Layers that had their turn before it was out are larger than the others, which does no harm.
+        """
+        K, D = self.config.num_key_value_heads, self.config.head_dim
+        bytes_of_layer = 2 * pages * self.page_size * K * D * self.dtype.itemsize
+        held = 2 * len(self.page_owner) * self.page_size * K * D * self.dtype.itemsize
+        # Layer by layer, the old pool is given back when the new one has been filled.
+        nbytes = len(self.layers) * (bytes_of_layer - held) + held
+        with allocating(nbytes, f"a cache of {pages * self.page_size} tokens", self.device):
+            for kv in self.layers:
                 # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.
-                self.keys[layer] = torch.cat((keys, keys.new_zeros(new, K, PAGE, D)))
-                self.values[layer] = torch.cat((values, values.new_zeros(K, new * PAGE, D)), 1)
-        self.free += range(old, old + new)  # higher than all of them
-        self.buffers, self.graphs = {}, {}
+                keys = kv.keys.new_zeros(pages, K, self.page_size, D)
+                values = kv.values.new_zeros(K, pages * self.page_size, D)
+                kept = min(pages, len(kv.keys))
+                keys[:kept] = kv.keys[:kept]
+                values[:, : kept * self.page_size] = kv.values[:, : kept * self.page_size]
+                kv.keys = keys
+                kv.values = values
+        pool = len(self.page_owner)
+        self.free += range(pool, pages)  # higher than all of them
+        self.page_owner = np.concatenate((self.page_owner, np.full(pages - pool, NOBODY)))
+        self.page_start = np.concatenate((self.page_start, np.zeros(pages - pool, dtype=np.int64)))
 
 
 def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str]) -> None:
@@ -160,16 +316,18 @@ def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str
     for view in views:
         check_known(view, blocks)
         require(len(set(view)) == len(view), f"a block stands twice in the view {list(view)}")
-    own = [view[-1] for view in views]
-    require(len(set(own)) == len(own), f"two views of one step end in the same block: {own}")
+    own_blocks = [view[-1] for view in views]
+    require(len(set(own_blocks)) == len(own_blocks), f"two views of one step end in the same block: {own_blocks}")
     require(min(counts) >= 1, f"each worker of a step feeds at least one token, not {min(counts)}")
 
 
 def check_move(source: str, target: str, blocks: Collection[str]) -> None:
+    """Raise InputError for a move that can't be."""
     check_known([source, target], blocks)
     require(source != target, f"block {source!r} cannot be moved onto itself")
 
 
 def check_known(names: list[str], blocks: Collection[str]) -> None:
+    """Raise InputError where one of the names is no block."""
     unknown = [name for name in names if name not in blocks]
     require(not unknown, f"unknown block {', '.join(map(repr, unknown))}")

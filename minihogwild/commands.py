@@ -1,73 +1,103 @@
-"""What all commands of this package share: one clear line for bad input, and files that are whole or not there."""
+"""What all commands of this package share: for whatever can't be done, an exit code and one clear line."""
 
 import argparse
+import io
 import logging
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
-from .config import Config, InputError, require
+from . import interrupts
+from .config import Config
+from .errors import InputError, is_out_of_memory, one_line
 
-CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write any; no terminal should obey
+# Exit codes, beside 0; a command may give 1 a meaning of its own
+OUTPUT_CLOSED = 1
+CANNOT_BE_DONE = 2
+INTERRUPTED = 130  # as shells have it: 128, and the number of the signal
+
+# A model may write any of these, and no terminal should obey them: what moves the cursor, changes colours and the like
+# (all but tab and newline), and what reverses the direction of text, so that it reads as something else
+CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+LONGEST_MESSAGE = 1000  # characters: what an error quotes from a file may be of any length
+SMALL_HIDDEN_SIZE = 512
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that raises InputError for wrong options: they are told as everything else that is wrong."""
+
     def error(self, message: str):
         raise InputError(message)
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:
-    """The exit code of `command`: 2, with one line on standard error, for what can't be done; 130 when interrupted."""
+    """Parse `argv` (None: what the program was called with), run `command`, and return the exit code.
+
+    The command's own code; or 2, with one line on standard error, for what can't be done; 130 when interrupted; 1 when
+    nobody reads the output any more. An error that none of this is, a mistake of ours, is raised.
+    """
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
-    with suppress(AttributeError):  # of nothing, or of a notebook's
-        sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks is no reason to stop
-    if argv is None:  # SIGTERM too gives the terminal back, and leaves no half-written file
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    replace_what_the_terminal_cannot_show()
+    is_whole_program = argv is None
+    if is_whole_program:
+        interrupts.raise_keyboard_interrupt()
     try:
-        return command(parser.parse_args(argv))
-    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        options = parser.parse_args(argv)
+        return command(options)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:
+        discard_remaining_output()
+        return OUTPUT_CLOSED
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # of `tokenizers`, which shares no other base with anything
-        if not panic and not isinstance(error, (InputError, OSError, MemoryError, torch.OutOfMemoryError)):
+        if not is_told_in_one_line(error):
             raise
-        # What it quotes from a file may be of any length, and hold anything
-        line = CONTROL_CODES.sub("", " ".join(str(error).split()))[:1000]
-        print(f"{parser.prog}: {line}", file=sys.stderr)
-        return 2
+        print(f"{parser.prog}: {message_of(error)}", file=sys.stderr)
+        return CANNOT_BE_DONE
+
+
+def replace_what_the_terminal_cannot_show() -> None:
+    """Print a question mark for what standard output's encoding lacks: that is no reason to stop."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not None, nor a notebook's
+        sys.stdout.reconfigure(errors="replace")
+
+
+def discard_remaining_output() -> None:
+    """Let standard output lead nowhere: Python writes what is left of it at exit, and would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+
+
+def is_told_in_one_line(error: BaseException) -> bool:
+    """Does the message say all, so that a traceback would only hide it?"""
+    if isinstance(error, (InputError, OSError)):
+        return True
+    if is_out_of_memory(error) or is_failure_of_gpu(error):
+        return True
+    # `tokenizers` raises this where it gives up on a file. Its class can't be imported, and is no Exception.
+    return type(error).__name__ == "PanicException"
+
+
+def is_failure_of_gpu(error: BaseException) -> bool:
+    """Has the GPU been lost, or failed? PyTorch has an exception for it only from version 2.8 on."""
+    if hasattr(torch, "AcceleratorError") and isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+
+
+def message_of(error: BaseException) -> str:
+    line = one_line(str(error))
+    return CONTROL_CODES.sub("", line)[:LONGEST_MESSAGE]
 
 
 def spare_threads(config: Config) -> None:
-    """Take one thread for a small model: more wait for each other, beside other programs fifty times as long."""
-    if config.hidden_size < 512:
+    """Take one thread for a small model.
+
+    Its products are too short to be shared: threads would mostly wait for each other, and where other programs run
+    beside, for fifty times as long.
+    """
+    if config.hidden_size < SMALL_HIDDEN_SIZE:
         torch.set_num_threads(1)
-
-
-def require_writable(path: Path, option: str, *others: Path | None) -> None:
-    """Raise InputError where no file can be written, or where it is one of the `others`: before the work, not after."""
-    out = Path(os.path.realpath(path))
-    writable = os.access(f"{out.parent}/", os.W_OK) and (out.is_file() or not os.path.lexists(out))
-    require(writable, f"{option} {path}: no file can be written there")
-    taken = out in [Path(os.path.realpath(other)) for other in others if other]
-    require(not taken, f"{option} {path}: this command reads or writes that file already")
-
-
-def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was."""
-    path = Path(os.path.realpath(path))
-    beside = path.with_name(path.name + ".part")
-    try:
-        with beside.open("wb") as file:
-            file.writelines(chunks)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,25 +1,51 @@
-"""Layouts: which blocks a worker sees, in which order (arXiv 2504.06261, section 3.2), as one table."""
+"""Layouts: which blocks a worker sees, in which order (arXiv 2504.06261, section 3.2), as one table.
+
+Blocks have names of their own. What a worker is called is nobody's business here: names come from a file, and could
+be anything, also "common".
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-COMMON, OTHERS, OWN, SEPARATOR, FINISHER = "common", "header others", "header own", "separator", "finisher"
+COMMON = "common"  # the prompt, and what has moved there
+HEADER_OTHERS = "header others"
+HEADER_OWN = "header own"
+SEPARATOR = "separator"
+
+
+def block_of(writer: str) -> str:
+    """The block that a worker or a finisher of this name writes to: never the name of one of the blocks above."""
+    return f"text of {writer}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`view(own, others)` lists a worker's blocks; it writes to the last, `own`."""
+    """`view(own, others)` lists the blocks that a worker sees; it writes to the last one, `own`."""
 
     view: Callable[[str, list[str]], list[str]]
-    headers: tuple[str, ...] = ()  # fixed texts in blocks of their own, shared by all
+    headers: tuple[str, ...] = ()  # blocks with a fixed text each, shared by all workers
     prefix: bool = True  # a worker's text begins with its name
     paragraphs: bool = False  # each finished one moves to the common block
     moves_retired: bool = False  # so does the text of a worker that has retired
 
 
 LAYOUTS = {
-    "combined": Layout(lambda own, others: [COMMON, OTHERS, *others, OWN, own], headers=(OTHERS, OWN), paragraphs=True),
-    "contiguous": Layout(lambda own, others: [COMMON, *others, SEPARATOR, own], headers=(SEPARATOR,)),
-    "interleaved": Layout(lambda own, others: [COMMON, own], paragraphs=True, moves_retired=True),
-    "independent": Layout(lambda own, others: [COMMON, own], prefix=False),
+    "combined": Layout(
+        view=lambda own, others: [COMMON, HEADER_OTHERS, *others, HEADER_OWN, own],
+        headers=(HEADER_OTHERS, HEADER_OWN),
+        paragraphs=True,
+    ),
+    "contiguous": Layout(
+        view=lambda own, others: [COMMON, *others, SEPARATOR, own],
+        headers=(SEPARATOR,),
+    ),
+    "interleaved": Layout(
+        view=lambda own, others: [COMMON, own],
+        paragraphs=True,
+        moves_retired=True,
+    ),
+    "independent": Layout(
+        view=lambda own, others: [COMMON, own],
+        prefix=False,
+    ),
 }

@@ -1,118 +1,147 @@
-"""The transformer, for Llama, Mistral and Qwen: biases, q/k norms and routers are used where a checkpoint has them."""
+"""The transformer, for Llama, Mistral and Qwen: from token ids to logits, for all workers in one pass.
 
-import functools
+What a family adds follows from which tensors its checkpoint has (biases, q/k norms, a router), and from the config's
+table of layer kinds.
+"""
+
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Plan, Sight, append, look
+from .attention import LayerCache, Plan, Positions, append, positions_of
+from .backend import PyTorchBackend
 from .cache import Cache
-from .config import Config, Layer, Weights
-from .memory import allocating
+from .config import Config
+from .errors import allocating, require
+from .rope import attention_scale
+from .weights import Layer, Matrix, Weights
 
-COMPILE_FROM = 2**30  # bytes of all layers; for a smaller model, compiling takes longer than it saves in a usual run
+
+def as_it_is(function: Callable) -> Callable:
+    return function
 
 
 @torch.no_grad()
 def forward(
-    tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan, fast: Callable = lambda layer: layer
+    tokens: Tensor,
+    weights: Weights,
+    config: Config,
+    cache: Cache,
+    plan: Plan,
+    compiled: Callable[[Callable], Callable] = as_it_is,
 ) -> Tensor:
     """One step of all workers: [T] token ids in, logits [W, V] after each worker's last token out.
 
-    `plan = cache.extend(views, counts)` says whose tokens these are and what each may see. `fast` compiles a function.
+    `plan = cache.extend(views, counts)` says whose tokens these are, where they are written, and what each may see.
+    `compiled` may turn a function into a faster one: see gpu/recorded.py.
     """
-    sight = fast(look)(plan, cache.frequencies, cache.keys[0].shape[2], cache.compute_dtype)
+    backend = cache.backend
+    plan = plan.to(cache.device)
+    # What a step needs to know about positions is the same for all layers of a kind: it is computed once.
+    causal_mask = backend.causal_mask(plan, cache.compute_dtype)
+    positions = {}
+    for kind, frequencies in cache.frequencies.items():
+        positions[kind] = compiled(positions_of)(plan, frequencies, causal_mask, cache.compute_dtype)
+
     x = F.embedding(tokens, weights.embed)  # [T, E]
-    for layer, keys, values in zip(weights.layers, cache.keys, cache.values):
-        x = fast(block)(x, layer, config, keys, values, plan, sight, cache.scale, cache.ops)
-    return fast(predict)(x, weights.norm, weights.head, config, plan, cache.ops)
+    for kind, layer, kv in zip(config.layer_kinds, weights.layers, cache.layers):
+        x = compiled(transformer_layer)(x, layer, kv, positions[kind], config, backend)
+    return compiled(output_head)(x, weights.norm, weights.head, plan, config, backend)
 
 
-def block(x: Tensor, layer: Layer, config: Config, keys: Tensor, values: Tensor, plan: Plan, sight: Sight,
-          scale: float, ops) -> Tensor:  # fmt: skip
-    """One layer: [T, E] in and out."""
+def transformer_layer(
+    x: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config, backend: PyTorchBackend
+) -> Tensor:
+    """[T, E] in and out; the layer's part of the KV cache gets the new keys and values."""
+    attended = self_attention(norm(x, layer.attn_norm, config), layer, kv, positions, config, backend)
+    x = x + backend.reduce(attended)
+    y = norm(x, layer.mlp_norm, config)
+    if layer.router is None:
+        transformed = mlp(y, layer.gate_up, layer.down, backend)
+    else:
+        transformed = mixture_of_experts(y, layer, config, backend)
+    return x + backend.reduce(transformed)
+
+
+def self_attention(
+    x: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config, backend: PyTorchBackend
+) -> Tensor:
+    """[T, E] in and out. All workers write their keys and values before any of them looks."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = ops.linear(norm(x, layer.attn_norm, config), layer.qkv, layer.qkv_bias)
+    qkv = backend.linear(x, layer.qkv, layer.qkv_bias)
     q, k, v = qkv.view(-1, H + 2 * K, D).split((H, K, K), dim=1)  # [T, H | K | K, D]
     if layer.q_norm is not None:
-        q, k = norm(q, layer.q_norm, config), norm(k, layer.k_norm, config)
-    append(keys, values, k, v, plan, sight)  # all workers write before any reads
-    mixed = ops.attend(q, keys, values, plan, sight, scale)  # [T, H, D]
-    x = x + ops.linear(mixed.flatten(1), layer.out)
-
-    y = norm(x, layer.mlp_norm, config)
-    return x + (mlp(y, layer.gate_up, layer.down, ops) if layer.router is None else mixture(y, layer, config, ops))
+        q = norm(q, layer.q_norm, config)
+        k = norm(k, layer.k_norm, config)
+    append(kv, k, v, positions)
+    mixed = backend.attend(q, kv, positions, attention_scale(config))  # [T, H, D]
+    return backend.linear(mixed.flatten(1), layer.out)
 
 
-def predict(x: Tensor, weight: Tensor, head: Tensor, config: Config, plan: Plan, ops) -> Tensor:
-    return ops.linear(norm(x[plan.last], weight, config), head)
+def mlp(x: Tensor, gate_up: Matrix, down: Matrix, backend: PyTorchBackend) -> Tensor:
+    """SwiGLU: [T, E] in and out."""
+    gate, up = backend.linear(x, gate_up).chunk(2, dim=-1)  # [T, F] each
+    return backend.linear(F.silu(gate) * up, down)
 
 
-def norm(x: Tensor, weight: Tensor, config: Config) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
-
-
-def mlp(x: Tensor, gate_up: Tensor, down: Tensor, ops) -> Tensor:
-    """[T, E] in and out."""
-    gate, up = ops.linear(x, gate_up).chunk(2, dim=-1)
-    return ops.linear(F.silu(gate) * up, down)
-
-
-def mixture(x: Tensor, layer: Layer, config: Config, ops) -> Tensor:
+def mixture_of_experts(x: Tensor, layer: Layer, config: Config, backend: PyTorchBackend) -> Tensor:
     """[T, E] in and out: each token takes the MLPs of its most probable experts, times their probabilities."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    shares, chosen = F.linear(x, layer.router).softmax(-1, exact).topk(config.num_experts_per_tok)  # [T, k]
+    probabilities = F.linear(x, layer.router).softmax(-1, exact)  # [T, X]
+    shares, chosen = probabilities.topk(config.num_experts_per_tok)  # [T, experts of a token] each
     if config.norm_topk_prob:
         shares = shares / shares.sum(-1, keepdim=True)
     mixed = torch.zeros_like(x, dtype=exact)
     for expert in chosen.unique().tolist():  # waits for the device, but reads no expert that nobody chose
         token, rank = (chosen == expert).nonzero(as_tuple=True)  # no token twice
-        mixed[token] += shares[token, rank, None] * mlp(x[token], layer.gate_up[expert], layer.down[expert], ops)
+        transformed = mlp(x[token], layer.gate_up[expert], layer.down[expert], backend)
+        mixed[token] += shares[token, rank, None] * transformed
     return mixed.to(x.dtype)
 
 
-def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache,
-         drawn: Tensor | None = None) -> Tensor:  # fmt: skip
-    """`forward` for lists: worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V].
+def output_head(
+    x: Tensor, norm_weight: Tensor, head: Matrix, plan: Plan, config: Config, backend: PyTorchBackend
+) -> Tensor:
+    """Logits [W, V], of each worker's last token alone: the others' are not needed."""
+    last = x[plan.last]
+    return backend.linear(norm(last, norm_weight, config), head)
 
-    A negative id, -1 - n, stands for drawn[n], which the device may still be computing: the host need not wait for it.
+
+def norm(x: Tensor, weight: Tensor, config: Config) -> Tensor:
+    """Root mean square norm over the last dimension."""
+    return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
+
+
+# ---- one step, from Python's lists
+
+
+def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, config: Config, cache: Cache) -> Tensor:
+    """Worker w feeds `tokens[w]` to the last block of `views[w]`. Logits [W, V] after each worker's last token.
+
+    Raises InputError for views that contradict each other, ids that the vocabulary lacks, or too little memory. Where
+    a step fails, for whatever reason, the cache's blocks are as they were.
     """
-    counts, given = [len(ids) for ids in tokens], [token for ids in tokens for token in ids]
-    # Scores for all heads; with their softmax and the rotated queries (D 128) four times that
-    nbytes = 16 * config.num_attention_heads * len(given) * (len(given) + sum(cache.lengths.values()))
-    with allocating(nbytes, f"a step of {len(given)} tokens", cache.device):
-        plan = cache.extend(views, counts)
-        flat = torch.tensor(given).to(cache.device, non_blocking=True)
-        if drawn is not None and min(given) < 0:
-            flat = flat.where(flat >= 0, drawn[(-1 - flat).clamp_min(0)]).clamp_min(0)  # -1 was drawn from NaN
-        decodes = cache.static and max(counts) == 1 and cache.device.type == "cuda" and not config.sparse_layers
-        return (decode if decodes else forward)(flat, weights, config, cache, plan)
+    flat = [token for ids in tokens for token in ids]
+    for token in flat:
+        require(0 <= token < config.vocab_size, f"token {token} is outside the vocabulary of {config.vocab_size}")
+    counts = [len(ids) for ids in tokens]
+    return step_on_device(views, counts, torch.tensor(flat, dtype=torch.int64), weights, config, cache)
 
 
-def decode(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan) -> Tensor:
-    """`forward` in a CUDA graph, recorded once for each number of tokens and size of the pool; compiled if large."""
-    if len(tokens) not in cache.graphs:
-        parts = [part for layer in weights.layers for part in vars(layer).values() if part is not None]
-        fast = compiled if sum(part.nbytes for part in parts) >= COMPILE_FROM else lambda layer: layer
-        if fast is compiled:  # for any number of pages
-            pools = [(tensor, 0) for tensor in (*cache.keys, plan.page_column, plan.page_first)]
-            for tensor, dim in pools + [(tensor, 1) for tensor in cache.values]:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        fed, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        forward(fed, weights, config, cache, plan, fast)  # compiles; to write the same keys twice changes nothing
-        with torch.cuda.graph(graph):
-            logits = forward(fed, weights, config, cache, plan, fast)
-        cache.graphs[len(tokens)] = graph, fed, logits
-    graph, fed, logits = cache.graphs[len(tokens)]
-    fed.copy_(tokens)
-    graph.replay()
-    return logits.clone()  # the next step writes its own to the same place
+def step_on_device(
+    views: list[list[str]], counts: list[int], tokens: Tensor, weights: Weights, config: Config, cache: Cache
+) -> Tensor:
+    """`step` for ids [T] in one tensor, all workers' behind each other: on a GPU the host need not know them yet."""
+    what = f"a step of {len(tokens)} tokens"
+    with cache.extended(views, counts) as plan, allocating(memory_of_step(plan, config), what, cache.device):
+        on_device = tokens.to(cache.device, non_blocking=True)
+        return cache.backend.run(forward, on_device, weights, config, cache, plan)
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """One kernel for what lies between two products; made for one number of tokens, and at most four more times."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, fullgraph=True)
+def memory_of_step(plan: Plan, config: Config) -> int:
+    """Bytes that attention takes in PyTorch, about: for each row and page its scores, in four forms, and its query."""
+    T, P = len(plan.offset), len(plan.page_block)
+    numbers = 4 * plan.page_size + 2 * config.head_dim
+    return 4 * T * P * config.num_attention_heads * numbers

@@ -1,8 +1,8 @@
 """The same mathematics the slow, obvious way, in float64, to hold the engine against.
 
-Keys are kept unrotated. Each worker's view is laid out token by token with explicit absolute positions,
-every key is rotated to its position, and one plain softmax runs over them. A move joins two lists. Nothing
-is shared with the engine but Config and Weights.
+Keys are kept unrotated. Each worker's view is laid out token by token, at explicit positions 0, 1, 2, ...; every key is
+rotated to its position, and one plain softmax runs over them. A move joins two lists. Nothing is shared with the
+engine but Config and Weights.
 """
 
 import math
@@ -10,84 +10,145 @@ import math
 import torch
 from torch import Tensor
 
-from .config import Config, Layer, Weights
+from .config import Config, LayerKind
+from .weights import Layer, Matrix, Weights
 
 
 class Oracle:
-    """A cache and a forward in one: `step` takes what one step of all workers takes, and returns its logits."""
+    """A cache and a forward pass in one: `step` takes what one step of all workers takes, and returns its logits."""
 
     def __init__(self, config: Config, weights: Weights, blocks: list[str]):
-        self.config, self.weights = config, to_float64(weights)
-        self.frequencies = torch.tensor(frequencies(config), dtype=torch.float64)
-        L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        empty = torch.zeros(2, 0, K, D, dtype=torch.float64)
-        self.stored = {block: [empty] * L for block in blocks}  # [2, N, K, D] for each layer: unrotated keys; values
+        self.config = config
+        self.embed = exact(weights.embed)
+        self.layers = [exact_layer(layer) for layer in weights.layers]
+        self.final_norm = exact(weights.norm)
+        self.head = exact(weights.head)
+        # Unrotated keys and values of each block, for each layer: [N, K, D]
+        K, D = config.num_key_value_heads, config.head_dim
+        self.keys: dict[str, list[Tensor]] = {}
+        self.values: dict[str, list[Tensor]] = {}
+        for block in blocks:
+            self.keys[block] = [torch.zeros(0, K, D, dtype=torch.float64) for _ in self.layers]
+            self.values[block] = [torch.zeros(0, K, D, dtype=torch.float64) for _ in self.layers]
+
+    # ---- a step
 
     @torch.no_grad()
     def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
         """Logits [W, V] float64 after each worker's last token."""
-        hidden = [self.weights.embed[torch.tensor(ids)] for ids in tokens]  # W times [n, E]
-        for i, layer in enumerate(self.weights.layers):
-            queries = []
-            for view, x in zip(views, hidden):
-                q, k, v = self.project(x, layer)
-                own = self.stored[view[-1]]
-                own[i] = torch.cat((own[i], torch.stack((k, v))), 1)
-                queries.append(q)
-            for w, view in enumerate(views):
-                mixed = self.attention(i, view, queries[w])
-                x = hidden[w] + mixed.flatten(1) @ layer.out.T
-                hidden[w] = x + torch.stack([self.mlp(y, layer) for y in self.norm(x, layer.mlp_norm)])
-        last = torch.stack([x[-1] for x in hidden])
-        return self.norm(last, self.weights.norm) @ self.weights.head.T
+        hidden = []  # for each worker: [n, E], n new tokens
+        for ids in tokens:
+            hidden.append(self.embed[torch.tensor(ids)])
+        for number in range(len(self.layers)):
+            hidden = self.transformer_layer(number, views, hidden)
+        logits = []
+        for x in hidden:
+            last = self.norm(x[-1], self.final_norm)
+            logits.append(self.head @ last)
+        return torch.stack(logits)
 
-    def move(self, source: str, target: str) -> None:
-        """Append the whole of one block to another, and empty it."""
-        for i, moved in enumerate(self.stored[source]):
-            self.stored[target][i] = torch.cat((self.stored[target][i], moved), 1)
-            self.stored[source][i] = moved[:, :0]
+    def transformer_layer(self, number: int, views: list[list[str]], hidden: list[Tensor]) -> list[Tensor]:
+        """For each worker [n, E] in and out. All of them write to their blocks, and only then each looks."""
+        layer = self.layers[number]
+        queries = []
+        for view, x in zip(views, hidden):
+            own = view[-1]
+            q, k, v = self.project(x, layer)
+            self.keys[own][number] = torch.cat((self.keys[own][number], k))
+            self.values[own][number] = torch.cat((self.values[own][number], v))
+            queries.append(q)
+
+        outputs = []
+        for view, x, q in zip(views, hidden, queries):
+            mixed = self.attention(number, view, q)  # [n, H, D]
+            x = x + mixed.flatten(1) @ layer.out.T
+            y = self.norm(x, layer.mlp_norm)
+            transformed = [self.mlp(token, layer) for token in y]
+            outputs.append(x + torch.stack(transformed))
+        return outputs
 
     def project(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """q [n, H, D], k and v [n, K, D], before any rotation."""
         H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        y = self.norm(x, layer.attn_norm) @ layer.qkv.T
+        qkv = self.norm(x, layer.attn_norm) @ layer.qkv.T
         if layer.qkv_bias is not None:
-            y = y + layer.qkv_bias
-        q, k, v = (y[:, a * D : b * D].unflatten(1, (-1, D)) for a, b in ((0, H), (H, H + K), (H + K, H + 2 * K)))
+            qkv = qkv + layer.qkv_bias
+        heads = qkv.view(-1, H + 2 * K, D)
+        q = heads[:, :H]
+        k = heads[:, H : H + K]
+        v = heads[:, H + K :]
         if layer.q_norm is not None:
-            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+            q = self.norm(q, layer.q_norm)
+            k = self.norm(k, layer.k_norm)
         return q, k, v
 
-    def attention(self, i: int, view: list[str], q: Tensor) -> Tensor:
+    def attention(self, number: int, view: list[str], q: Tensor) -> Tensor:
         """[n, H, D]: a worker's n new tokens, the last of its view, look at all of it but what comes after them."""
-        keys, values = torch.cat([self.stored[block][i] for block in view], 1)  # [S, K, D], S tokens in the view
-        positions = torch.arange(len(keys), dtype=torch.float64)
-        mine = positions[len(keys) - len(q) :]
-        q, keys = self.turn(q, mine), self.turn(keys, positions)
-        future = positions[None, :] > mine[:, None]  # [n, S]
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)  # [S, H, D]
-        scores = magnitude(self.config) ** 2 / math.sqrt(self.config.head_dim) * torch.einsum("nhd,shd->hns", q, keys)
-        return torch.einsum("hns,shd->nhd", scores.masked_fill(future, -math.inf).softmax(-1), values)
+        keys = torch.cat([self.keys[block][number] for block in view])  # [S, K, D], S tokens in the view
+        values = torch.cat([self.values[block][number] for block in view])
+        S, n = len(keys), len(q)
+        positions = torch.arange(S)
+        new_positions = positions[S - n :]
+
+        kind = self.config.layer_kinds[number]
+        q = self.rotate(q, new_positions, kind)
+        keys = self.rotate(keys, positions, kind)
+
+        # Grouped-query attention: G query heads in a row share a key head. Here each gets a copy of its own.
+        G = self.config.num_attention_heads // self.config.num_key_value_heads
+        keys = keys.repeat_interleave(G, dim=1)  # [S, H, D]
+        values = values.repeat_interleave(G, dim=1)
+        scale = yarn_factor(self.config) ** 2 / math.sqrt(self.config.head_dim)
+        scores = scale * torch.einsum("nhd,shd->hns", q, keys)
+        comes_later = positions[None, :] > new_positions[:, None]  # [n, S]
+        scores = scores.masked_fill(comes_later, -math.inf)
+        return torch.einsum("hns,shd->nhd", scores.softmax(-1), values)
 
     def mlp(self, x: Tensor, layer: Layer) -> Tensor:
         """[E] in and out: one token alone."""
         if layer.router is None:
             return swiglu(x, layer.gate_up, layer.down)
         probabilities = (layer.router @ x).softmax(0).tolist()
-        best = sorted(range(len(probabilities)), key=probabilities.__getitem__)[-self.config.num_experts_per_tok :]
-        whole = sum(probabilities[n] for n in best) if self.config.norm_topk_prob else 1.0
-        return sum(probabilities[n] / whole * swiglu(x, layer.gate_up[n], layer.down[n]) for n in best)
+        by_probability = sorted(range(len(probabilities)), key=lambda expert: probabilities[expert])
+        chosen = by_probability[-self.config.num_experts_per_tok :]
+        whole = 1.0
+        if self.config.norm_topk_prob:
+            whole = sum(probabilities[expert] for expert in chosen)
+        mixed = torch.zeros_like(x)
+        for expert in chosen:
+            share = probabilities[expert] / whole
+            mixed = mixed + share * swiglu(x, layer.gate_up[expert], layer.down[expert])
+        return mixed
 
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate [n, heads, D] to n positions, as complex numbers."""
+    def rotate(self, x: Tensor, positions: Tensor, kind: LayerKind) -> Tensor:
+        """Rotate [n, heads, D] to n positions, pair by pair, as complex numbers."""
+        if not kind.rope:
+            return x
+        frequencies = torch.tensor(frequencies_of_pairs(self.config), dtype=torch.float64)
+        angles = positions.double()[:, None, None] * frequencies  # [n, 1, D / 2]
         half = self.config.head_dim // 2
-        turned = torch.complex(x[..., :half], x[..., half:])
-        turned = turned * torch.exp(1j * positions[:, None, None] * self.frequencies)
-        return torch.cat((turned.real, turned.imag), -1)
+        pairs = torch.complex(x[..., :half], x[..., half:])
+        rotated = pairs * torch.exp(1j * angles)
+        return torch.cat((rotated.real, rotated.imag), -1)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
+        mean_square = (x * x).mean(-1, keepdim=True)
+        return x / torch.sqrt(mean_square + self.config.rms_norm_eps) * weight
+
+    # ---- what else happens to blocks
+
+    def move(self, source: str, target: str) -> None:
+        """Append the whole of one block to another, and empty it."""
+        for number in range(len(self.layers)):
+            self.keys[target][number] = torch.cat((self.keys[target][number], self.keys[source][number]))
+            self.values[target][number] = torch.cat((self.values[target][number], self.values[source][number]))
+        self.drop(source)
+
+    def drop(self, block: str) -> None:
+        """Empty a block."""
+        for number in range(len(self.layers)):
+            self.keys[block][number] = self.keys[block][number][:0]
+            self.values[block][number] = self.values[block][number][:0]
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -95,51 +156,78 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return down @ (gate * torch.sigmoid(gate) * up)
 
 
-def to_float64(weights: Weights) -> Weights:
-    def exact(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to("cpu", torch.float64)
-
-    layers = [Layer(**{name: exact(tensor) for name, tensor in vars(layer).items()}) for layer in weights.layers]
-    return Weights(exact(weights.embed), layers, exact(weights.norm), exact(weights.head))
+# ---- weights in float64
 
 
-def frequencies(config: Config) -> list[float]:
+def exact(weight: Tensor | Matrix | None) -> Tensor | None:
+    """The very numbers that the engine multiplies by, in float64, whatever form they are stored in."""
+    if weight is None:
+        return None
+    if isinstance(weight, Tensor):
+        return weight.to("cpu", torch.float64)
+    return weight.float64()
+
+
+def exact_layer(layer: Layer) -> Layer:
+    """The same layer, of plain float64 tensors."""
+    return Layer(**{name: exact(weight) for name, weight in vars(layer).items()})
+
+
+# ---- rope scaling
+
+
+def frequencies_of_pairs(config: Config) -> list[float]:
     """Radians per position for each of the D / 2 pairs, one by one."""
-    rope, D = config.rope, config.head_dim
-    result = []
-    for pair in range(D // 2):
-        plain = 1 / rope.rope_theta ** (2 * pair / D)
-        stretched = {"default": 0.0, "linear": 1.0}.get(rope.rope_type)  # how far toward plain / factor
-        if rope.rope_type == "llama3":
-            turns = rope.original_max_position_embeddings / (2 * math.pi / plain)  # in the trained context
-            stretched = (rope.high_freq_factor - turns) / (rope.high_freq_factor - rope.low_freq_factor)
-        elif rope.rope_type == "yarn":
-            first, last = yarn_bounds(config)
-            stretched = (pair - first) / ((last - first) or 0.001)
-        stretched = min(max(stretched, 0.0), 1.0)
-        result.append(stretched * plain / rope.factor + (1 - stretched) * plain)
-    return result
+    rope = config.rope
+    frequencies = []
+    for pair in range(config.head_dim // 2):
+        trained = 1 / rope.rope_theta ** (2 * pair / config.head_dim)
+        stretched = trained / rope.factor
+        share = min(max(share_that_is_stretched(pair, trained, config), 0.0), 1.0)
+        frequencies.append(share * stretched + (1 - share) * trained)
+    return frequencies
 
 
-def yarn_bounds(config: Config) -> tuple[float, float]:
-    """The pairs, as real numbers, that make beta_fast and beta_slow turns in the trained context."""
-    rope, D = config.rope, config.head_dim
-    bounds = []
-    for turns, rounded in ((rope.beta_fast, math.floor), (rope.beta_slow, math.ceil)):
-        wavelength = rope.original_max_position_embeddings / turns
-        pair = D / 2 * math.log(wavelength / (2 * math.pi), rope.rope_theta)
-        bounds.append(rounded(pair) if rope.truncate else pair)
-    return max(bounds[0], 0), min(bounds[1], D - 1)
+def share_that_is_stretched(pair: int, trained: float, config: Config) -> float:
+    """How much of a pair's frequency is divided by `factor`: none of it (0, or less), all (1, or more), or a part."""
+    rope = config.rope
+    if rope.rope_type == "default":
+        return 0.0
+    if rope.rope_type == "linear":
+        return 1.0
+    if rope.rope_type == "llama3":
+        wavelength = 2 * math.pi / trained
+        turns = rope.original_max_position_embeddings / wavelength  # in the trained context
+        return (rope.high_freq_factor - turns) / (rope.high_freq_factor - rope.low_freq_factor)
+    # yarn: none up to the pair `first`, all from the pair `last` on
+    first = pair_that_makes(rope.beta_fast, config)
+    last = pair_that_makes(rope.beta_slow, config)
+    if rope.truncate:
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, config.head_dim - 1)
+    width = last - first
+    if width == 0:
+        width = 0.001  # one pair to the next then makes all the difference; transformers has the same number
+    return (pair - first) / width
 
 
-def magnitude(config: Config) -> float:
+def pair_that_makes(turns: float, config: Config) -> float:
+    """The pair, as a real number, that makes as many turns in the trained context."""
+    rope = config.rope
+    wavelength = rope.original_max_position_embeddings / turns
+    return config.head_dim / 2 * math.log(wavelength / (2 * math.pi), rope.rope_theta)
+
+
+def yarn_factor(config: Config) -> float:
     """What YaRN multiplies queries and keys by."""
     rope = config.rope
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    log = 0.1 * math.log(max(rope.factor, 1))
+    growth = 0.1 * math.log(max(rope.factor, 1))
     if rope.mscale and rope.mscale_all_dim:
-        return (rope.mscale * log + 1) / (rope.mscale_all_dim * log + 1)
-    return log + 1
+        return (rope.mscale * growth + 1) / (rope.mscale_all_dim * growth + 1)
+    return growth + 1

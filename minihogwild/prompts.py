@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from unicodedata import category
 
-from .config import refusing, require
-from .layouts import OTHERS, OWN, SEPARATOR
-from .text import read_json
+from .errors import refusing, require
+from .files import read_json
+from .layouts import HEADER_OTHERS, HEADER_OWN, SEPARATOR
 
 NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy"
 
@@ -41,20 +41,35 @@ The problem:
     names: tuple[str, ...] = tuple(NAMES.split())
     problem: str = ""  # what is asked where the user asks nothing
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
+    pace: int = 0  # steps a second that an eye can follow, for a run that is drawn on a terminal; 0: as fast as can be
 
     @property
     def headers(self) -> dict[str, str]:
         """The words of each header block."""
-        return {OTHERS: self.header_others, OWN: self.header_own, SEPARATOR: self.separator}
+        return {HEADER_OTHERS: self.header_others, HEADER_OWN: self.header_own, SEPARATOR: self.separator}
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            require(isinstance(value, kind), f"{field.name} must be a {kind.__name__}, not {value!r}")
-        lines = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
-        differ = lines and len(set(self.names)) == len(self.names)
-        require(differ, f"names must be lines of text that differ, not {list(self.names)}")
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            # By type, not by isinstance: true is no number.
+            require(type(value) is kind, f"{field.name} must be a {kind.__name__}, not {value!r}")
+            whole_characters = kind is not str or is_unicode(value)
+            require(whole_characters, f"{field.name} is not valid UTF-8: {value!r}")
+        names_are_lines = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
+        names_differ = names_are_lines and len(set(self.names)) == len(self.names)
+        require(names_differ, f"names must be lines of text that differ, not {list(self.names)}")
         require(self.prefix.strip() and self.cue.strip(), "prefix and cue must not be empty")
+        require(0 <= self.pace <= 1000, f"pace must be from 0 to 1000 steps a second, not {self.pace}")
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can spell half a character, as "\\ud800"; no tokenizer can read one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_prompts(path: Path) -> Prompts:
@@ -74,14 +89,22 @@ def prompts_of(folder: Path) -> Prompts:
 
 def fill(template: str, **values: object) -> str:
     """Put values in the place of `{key}`; all other braces stay (LaTeX has many)."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
+    def value_of(field: re.Match) -> str:
+        whole, key = field[0], field[1]
+        return str(values[key]) if key in values else whole
+
+    return re.sub(r"\{(\w+)\}", value_of, template)
+
+
+# ---- when a paragraph ends
 
 # Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
 TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
-INDENT = r"^(?:[^\w\n`~]|\d+[.)])*"  # also by list items and quotes
-FENCE = INDENT + r"(([`~])\2{2,})(?!\2)[^`\n]*$"  # the line that opens a code block
-FENCED = re.compile(FENCE + r"\n(?:.*?\n)??" + INDENT + r"\1\2*[^\S\n]*$", re.MULTILINE | re.DOTALL)
+EMPHASIS = "\"'*_~` "  # looked through at the end of a sentence, as are closing brackets and quotes
+# A line that opens or closes a code block: perhaps a list item or a quote, then ``` or ~~~ or more, then at the opening
+# a language. What opens with backticks has none after them.
+FENCE_LINE = re.compile(r"(?:[^\w`~]|\d+[.)])*(?P<fence>`{3,}|~{3,})(?P<language>[^`]*)")
 
 
 def paragraph_closed(text: str) -> bool:
@@ -89,22 +112,83 @@ def paragraph_closed(text: str) -> bool:
 
     Never inside an open code fence or `$$`.
     """
-    if not re.search(r"\n[^\S\n]*\n\s*\Z", text):  # the blank line
+    visible = text.rstrip()
+    ends_with_blank_line = text.count("\n", len(visible)) >= 2
+    if not ends_with_blank_line:
         return False
-    text = FENCED.sub(".", text)  # a whole code block or formula ends a sentence,
-    text = re.sub(r"\$\$.*?\$\$", ".", text, flags=re.DOTALL)
-    if re.search(FENCE, text, re.MULTILINE) or "$$" in text:
-        return False  # an open one does not let the paragraph end
-    ends = (c for c in reversed(text.rstrip()) if c not in "\"'*_~` " and category(c) not in ("Pe", "Pf", "Pi"))
-    return next(ends, " ") in TERMINATORS
+    prose = without_code(visible)
+    if prose is None:
+        return False
+    parts = prose.split("$$")  # text, formula, text, formula, ..., text
+    formula_is_open = len(parts) % 2 == 0
+    if formula_is_open:
+        return False
+    last_text = parts[-1]
+    if len(parts) > 1:
+        last_text = "." + last_text  # a formula ends a sentence, as a code block does
+    return ends_a_sentence(last_text)
+
+
+def without_code(text: str) -> str | None:
+    """The text with a full stop in the place of each code block; None where one is still open."""
+    prose = []
+    open_fence = ""
+    for line in text.split("\n"):
+        mark = FENCE_LINE.fullmatch(line)
+        if open_fence:
+            if mark and mark["fence"].startswith(open_fence) and not mark["language"].strip():
+                open_fence = ""
+                prose.append(".")
+        elif mark:
+            open_fence = mark["fence"]
+        else:
+            prose.append(line)
+    return None if open_fence else "\n".join(prose)
+
+
+def ends_a_sentence(text: str) -> bool:
+    for character in reversed(text.rstrip()):
+        closes_quote_or_bracket = category(character) in ("Pe", "Pf", "Pi")
+        if not closes_quote_or_bracket and character not in EMPHASIS:
+            return character in TERMINATORS
+    return False
+
+
+# ---- answers
+
+# `\boxed {`, an escaped character (never the backslash of a \boxed), or a brace
+BOX_MARKS = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", re.DOTALL)
+
+
+class BoxedAnswer:
+    r"""Finds the first complete, non-empty `\boxed{...}`, braces balanced, in text that comes piece by piece."""
+
+    def __init__(self):
+        self.text = ""
+        self.read_up_to = 0  # always just behind a closing brace, and so never inside of a mark
+        self.open_braces: list[int | None] = []  # for each: where the content begins, if it opened a box
+
+    def read(self, piece: str) -> str | None:
+        """Add a piece; the answer, if this piece completes one. Of several, the one that begins first."""
+        self.text += piece
+        if "}" not in piece:
+            return None
+        end = self.text.rindex("}") + 1
+        completed = {}  # content, by where it begins
+        for mark in BOX_MARKS.finditer(self.text, self.read_up_to, end):
+            if mark[0] == "{":
+                self.open_braces.append(None)
+            elif mark[0].startswith("\\boxed"):
+                self.open_braces.append(mark.end())
+            elif mark[0] == "}" and self.open_braces:
+                begin = self.open_braces.pop()
+                if begin is not None:
+                    completed[begin] = self.text[begin : mark.start()].strip()
+        self.read_up_to = end
+        answers = [completed[begin] for begin in sorted(completed) if completed[begin]]
+        return answers[0] if answers else None
 
 
 def boxed(text: str) -> str | None:
-    r"""What the first complete, non-empty `\boxed{...}` holds, braces balanced; None without one."""
-    for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text):
-        depth, rest = 1, text[match.end() :]
-        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is two characters: no change
-            if depth == 0:
-                return rest[: brace.start()].strip()
-    return None
+    """The answer in a whole text, None without one."""
+    return BoxedAnswer().read(text)

@@ -1,8 +1,8 @@
 """Rotary position embedding: a score depends on how far apart two tokens are, and on nothing else.
 
-Two halves of a head's D numbers form D / 2 pairs; position p turns pair i by the angle p * frequency[i].
+The two halves of a head's D numbers form D / 2 pairs; position p turns pair i by the angle p * frequency[i].
 Rotations compose, R(a) R(b) = R(a + b), and <R(a) q, R(b) k> depends on a - b alone. So a key can be
-moved by rotating it once more, and a query can be rotated in place of every key it meets.
+moved by rotating it once more, and a query can be rotated in place of every key that it meets.
 """
 
 import math
@@ -10,7 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from .config import Rope
+from .config import Config, LayerKind, Rope
+
+
+def frequencies_of(kind: LayerKind, config: Config) -> Tensor:
+    """Radians per position of each pair, in layers of this kind: [D / 2], float64.
+
+    Where there is no rope all frequencies are 0, and every rotation leaves what it is given as it was.
+    """
+    if not kind.rope:
+        return torch.zeros(config.head_dim // 2, dtype=torch.float64)
+    return inverse_frequencies(config.rope, config.head_dim)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -30,31 +40,46 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     else:
         low, high = yarn_ramp(rope, head_dim)
-        kept = 1 - (torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)
+        pair = torch.arange(head_dim // 2, dtype=torch.float64)
+        kept = 1 - (pair - low) / (high - low)
     kept = kept.clamp(0, 1)
     return trained * kept + trained / rope.factor * (1 - kept)
 
 
 def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
     """The pairs between which yarn passes from 'as trained' to 'divided by factor'."""
-    trained = rope.original_max_position_embeddings / (2 * math.pi)
-    pairs = head_dim / (2 * math.log(rope.rope_theta))
-    low, high = (pairs * math.log(trained / turns) for turns in (rope.beta_fast, rope.beta_slow))
+
+    def pair_that_makes(turns: float) -> float:  # in the trained context
+        wavelength = rope.original_max_position_embeddings / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_that_makes(rope.beta_fast), pair_that_makes(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    return low, high if high != low else high + 0.001
+    if low == high:
+        high += 0.001  # a ramp without width would divide by zero
+    return low, high
+
+
+def attention_scale(config: Config) -> float:
+    """What scores are multiplied by: m² / √D.
+
+    YaRN's m belongs here, and never in a rotation: a moved key is rotated twice, and would get it twice.
+    """
+    return attention_factor(config.rope) ** 2 / config.head_dim**0.5
 
 
 def attention_factor(rope: Rope) -> float:
-    """YaRN's m. It scales the scores by m² (Cache.scale), never a rotation: a moved key would get it twice."""
+    """YaRN's m; 1 for all other rope types."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    above, below = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1, 0)
     growth = 0.1 * math.log(max(rope.factor, 1))
-    return (above * growth + 1) / (below * growth + 1)
+    if rope.mscale and rope.mscale_all_dim:
+        return (rope.mscale * growth + 1) / (rope.mscale_all_dim * growth + 1)
+    return growth + 1
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,11 +87,15 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tens
 
     The product is taken in float64: in float32, angles near position 131,072 are off by up to 0.006 rad.
     """
-    angles = positions.to(frequencies)[..., None] * frequencies  # where they are: not every device has float64
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(positions.device, dtype)
+    # Computed where the frequencies are: not every device has float64
+    angles = positions.to(frequencies)[..., None] * frequencies
+    cos = angles.cos()
+    sin = angles.sin()
+    for_both_halves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+    return for_both_halves.to(positions.device, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[..., i], x[..., i + D / 2]) by the angles of `rotation`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    other_half = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, other_half, sin)

@@ -1,13 +1,25 @@
+"""What all tests share. `python -m pytest` runs the fast ones, `python -m pytest -m ""` all of them.
+
+Properties are tried with the same examples each time, so that a failure comes back when the test is run again. Other
+examples, ten times as many, each time new: `HYPOTHESIS_PROFILE=nightly python -m pytest -m ""`. A failure prints what
+brings it back.
+"""
+
 from pathlib import Path
 
 import hypothesis
 import pytest
 import smollm2
+import tiny
 import torch
+from examples import PROFILE
 
-# A failure must come back when the test is run again; and a first, cold example may be slow
-hypothesis.settings.register_profile("minihogwild", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("minihogwild")
+from minihogwild import Model
+
+# No deadline: a first, cold example may be slow
+hypothesis.settings.register_profile("minihogwild", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True, derandomize=False, max_examples=1000)
+hypothesis.settings.load_profile(PROFILE)
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
@@ -16,6 +28,12 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Model:
+    """A few thousand random weights, and a token for each byte."""
+    return tiny.load_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from in_process import Said, said
 from util import config, random_weights
 
 from minihogwild import Config, Model, compare, replay
@@ -21,26 +19,15 @@ def model(dtype: torch.dtype = torch.float64, shape: Config | None = None, **opt
     return Model("tiny", Path(), shape, weights, tokenizer=None, sampling=None, eos=frozenset())
 
 
-def said(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a command."""
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = leaving.code
-    return code, out.buffer.getvalue().decode(), err.getvalue()
-
-
-def replayed(folder: Path, schedule: dict | bytes, *options: object, of: Model) -> tuple[int, str, str]:
-    """`said` by replay, for a schedule that is put to `folder`; the logits go to logits.safetensors there."""
+def replayed(folder: Path, schedule: dict | bytes, *options: object, of: Model) -> Said:
+    """What replay says of a schedule that is put to `folder`; the logits go to logits.safetensors there."""
     path = folder / "schedule.json"
     path.write_bytes(schedule if isinstance(schedule, bytes) else json.dumps(schedule).encode())
-    with patch.object(replay, "load", lambda *_: of):
+    with patch.object(replay, "load", lambda *_, **__: of):
         return said(replay.main, path, "--model", "tiny", "--out", folder / "logits.safetensors", *options)
 
 
-def compared(*arguments: object) -> tuple[int, str, str]:
+def compared(*arguments: object) -> Said:
     return said(compare.main, *arguments)
 
 

@@ -1,6 +1,6 @@
 """The block cache against a dict of lists, through any sequence of steps, moves and refused calls."""
 
-from unittest.mock import patch
+import re
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from util import config
 
-from minihogwild import Cache, InputError
-from minihogwild.attention import append, look
+from minihogwild import Cache, InputError, LayerKind
+from minihogwild.attention import append, positions_of
+from minihogwild.cache import PAGE
 from minihogwild.rope import rotate, rotation
 
-SHAPE = config("llama3", heads=2, kv_heads=1, head_dim=4, layers=2)
+KINDS = LayerKind(), LayerKind(rope=False)
+SHAPE = config("llama3", heads=2, kv_heads=1, head_dim=4, kinds=KINDS)
 BLOCKS = ["a", "b", "c", "d"]
 K, D, L = SHAPE.num_key_value_heads, SHAPE.head_dim, SHAPE.num_hidden_layers
 
@@ -22,8 +24,9 @@ def stored(cache: Cache, layer: int, block: str, page: int) -> tuple[torch.Tenso
     """A block's keys and values as they lie in the pool, [N, K, D] each, page by page."""
     keys, values = torch.zeros(0, K, D, dtype=cache.dtype), torch.zeros(0, K, D, dtype=cache.dtype)
     for number in cache.pages[block]:
-        keys = torch.cat((keys, cache.keys[layer][number].transpose(0, 1)))
-        values = torch.cat((values, cache.values[layer][:, number * page : (number + 1) * page].transpose(0, 1)))
+        kv = cache.layers[layer]
+        keys = torch.cat((keys, kv.keys[number].transpose(0, 1)))
+        values = torch.cat((values, kv.values[:, number * page : (number + 1) * page].transpose(0, 1)))
     return keys[: cache.lengths[block]], values[: cache.lengths[block]]
 
 
@@ -31,13 +34,8 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(page=st.sampled_from([1, 3, 8]))
     def start(self, page):
         self.page, self.drawn = page, 0
-        self.patch = patch("minihogwild.cache.PAGE", page)
-        self.patch.start()
-        self.cache = Cache(SHAPE, BLOCKS, torch.float64)
+        self.cache = Cache(SHAPE, BLOCKS, torch.float64, page_size=page)
         self.blocks = {block: [] for block in BLOCKS}  # of (keys [L, K, D] before any rotation, values)
-
-    def teardown(self):
-        self.patch.stop()
 
     def token(self):
         self.drawn += 1
@@ -54,9 +52,9 @@ class CacheMachine(RuleBasedStateMachine):
         plan = self.cache.extend(views, counts)
         written = [[self.token() for _ in range(count)] for count in counts]
         keys, values = torch.stack([token for tokens in written for token in tokens], 2)  # [L, T, K, D] each
-        sight = look(plan, self.cache.frequencies, self.page, torch.float64)
-        for layer in range(L):
-            append(self.cache.keys[layer], self.cache.values[layer], keys[layer], values[layer], plan, sight)
+        for layer, kind in enumerate(KINDS):
+            positions = positions_of(plan, self.cache.frequencies[kind], None, torch.float64)
+            append(self.cache.layers[layer], keys[layer], values[layer], positions)
         for own, tokens in zip(owns, written):
             self.blocks[own] += tokens
         self.check_tables(plan, views, counts)
@@ -97,6 +95,26 @@ class CacheMachine(RuleBasedStateMachine):
             assert torch.equal(now[0][:length], keys)
             assert torch.equal(now[1][:length], values)
 
+    @rule(block=st.sampled_from(BLOCKS))
+    def drop(self, block):
+        self.cache.drop(block)
+        self.blocks[block] = []
+
+    @rule(own=st.sampled_from(BLOCKS), count=st.integers(1, 20))
+    def failed_step(self, own, count):
+        """Whatever has been written by then, the invariants find the blocks as they were."""
+
+        def spoil_and_fail():
+            with self.cache.extended([[own]], [count]) as plan:
+                for kv in self.cache.layers:
+                    kv.values[:, plan.slot] = torch.nan
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            spoil_and_fail()
+        for kv in self.cache.layers:
+            assert kv.values.isfinite().all()
+
     @rule(
         bad=st.sampled_from(
             [
@@ -116,6 +134,11 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(InputError):
             self.cache.extend(*bad)  # the invariants below then find nothing changed
 
+    @rule()
+    def refused_drop(self):
+        with pytest.raises(InputError, match="nobody"):
+            self.cache.drop("nobody")
+
     @rule(ends=st.sampled_from([("a", "nobody"), ("nobody", "a")]))
     def refused_move(self, ends):
         with pytest.raises(InputError, match="nobody"):
@@ -128,7 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
             for layer in range(L):
                 keys, values = stored(self.cache, layer, block, self.page)
                 for n, token in enumerate(tokens):
-                    angles = rotation(torch.tensor(n), self.cache.frequencies, torch.float64)
+                    angles = rotation(torch.tensor(n), self.cache.frequencies[KINDS[layer]], torch.float64)
                     torch.testing.assert_close(keys[n], rotate(token[0, layer], *angles), rtol=0, atol=1e-12)
                     assert torch.equal(values[n], token[1, layer])
 
@@ -136,7 +159,7 @@ class CacheMachine(RuleBasedStateMachine):
     def pages(self):
         """Each page has one owner or is free, none is lost, and blocks hold no more than they need."""
         owned = [page for pages in self.cache.pages.values() for page in pages]
-        capacity = len(self.cache.keys[0])
+        capacity = len(self.cache.layers[0].keys)
         assert sorted(owned + self.cache.free) == list(range(capacity))
         for block, tokens in self.blocks.items():
             assert len(self.cache.pages[block]) == -(-len(tokens) // self.page)
@@ -155,33 +178,122 @@ def test_the_pool_grows_by_doubling_and_stays_near_what_is_needed():
     """Growth is the only copy of the whole cache: seldom enough that a token is copied about once in all."""
     cache, copied, sizes = Cache(SHAPE, ["a", "b"], torch.float32), 0, set()
     for n in range(1, 4001):
-        before = cache.values[0].shape[1]
+        before = cache.layers[0].values.shape[1]
         cache.extend([["a"], ["a", "b"]], [1, 1])
-        after = cache.values[0].shape[1]
+        after = cache.layers[0].values.shape[1]
         copied += before if after != before else 0
         sizes.add(after)
-        assert cache.keys[0].numel() == cache.values[0].numel() == after * K * D
+        assert cache.layers[0].keys.numel() == cache.layers[0].values.numel() == after * K * D
         assert after <= 2.2 * 2 * n or after <= 4 * 64  # two blocks of a page or two, at the start
     assert len(sizes) <= 8
     assert copied <= after
 
 
-def test_static_plans_stay_in_place_while_texts_grow():
-    """What a recorded graph reads: the same addresses and shapes, new numbers, until the pool itself is another."""
-    cache = Cache(SHAPE, BLOCKS, torch.float32, static=True)
+def test_padded_plans_keep_their_shapes_while_texts_grow():
+    """What a recorded graph reads: tables of one size, new numbers in them, until the pool itself has grown."""
+    cache = Cache(SHAPE, BLOCKS, torch.float32)
     cache.extend([["a"]], [1000])
-    places, sizes = set(), set()
+    shapes, sizes = set(), set()
     for n in range(1, 1500):
-        plan = cache.extend([["a", "b"], ["b", "a", "c"]], [1, 1])
-        *tables, only = vars(plan).values()
-        places.add((only, *((table.data_ptr(), table.shape) for table in tables)))
-        sizes.add(len(cache.keys[0]))
+        plan = cache.extend([["a", "b"], ["b", "a", "c"]], [1, 1]).padded(len(BLOCKS), len(cache.page_owner))
+        shapes.add((plan.lone_block_length, *(tensor.shape for tensor in plan.tensors())))
+        sizes.add(len(cache.layers[0].keys))
         assert plan.visible.tolist() == [[1000, n, 0, 0], [1000, n, n, 0]]
-    assert len(places) == len(sizes) > 1
+    assert len(shapes) == len(sizes) > 1
 
 
-def test_a_step_that_fails_for_memory_says_what_was_asked(monkeypatch):
-    free = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+# ---- when memory is out
+
+
+class Machine:
+    """A machine with so many bytes free, for as long as a test runs."""
+
+    def __init__(self, monkeypatch):
+        self.available = 10**12
+        monkeypatch.setattr("psutil.virtual_memory", lambda: self)
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def bytes_of(tokens: int) -> int:
+    """Of so many more tokens in the pool."""
+    return 2 * L * K * D * 4 * tokens
+
+
+def test_a_step_that_fails_for_memory_says_what_was_asked(machine):
+    machine.available = 1000
     with pytest.raises(InputError, match=r"out of memory on cpu: a cache of 64 tokens needs .* GB"):
         Cache(SHAPE, ["a"], torch.float32).extend([["a"]], [1])
+
+
+def test_a_pool_that_cannot_double_grows_by_what_is_missing(machine):
+    cache = Cache(SHAPE, ["a", "b"], torch.float32)
+    cache.extend([["a"]], [100 * PAGE])
+    machine.available = bytes_of(101 * PAGE)  # a layer's old pool is there beside its new one
+    for n in range(1, 4):
+        cache.extend([["a"]], [PAGE])
+        assert len(cache.page_owner) == 100 + n
+        machine.available += bytes_of(PAGE)
+    assert cache.lengths["a"] == 103 * PAGE
+
+
+def test_a_step_that_finds_no_memory_leaves_the_lengths_as_they_were(machine):
+    """Also where there is room for the first of two workers, and not for the second."""
+    cache = Cache(SHAPE, ["a", "b", "c"], torch.float32)
+    cache.extend([["a"]], [2 * PAGE])
+    cache.drop("a")
+    before = {**cache.lengths}, [*cache.free]
+    machine.available = 1000
+    with pytest.raises(InputError, match="out of memory"):
+        cache.extend([["b"], ["b", "c"]], [PAGE, 5 * PAGE])
+    assert ({**cache.lengths}, cache.free) == before
+    cache.extend([["b"], ["b", "c"]], [PAGE, PAGE])  # for which there is room
+
+
+@pytest.mark.parametrize("start", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 7])
+@pytest.mark.parametrize("count", [1, PAGE, 2 * PAGE + 5])
+def test_a_move_needs_no_memory(machine, start, count):
+    """Where the pool can't grow, the moved block's own pages are taken over; the tokens are the same ones."""
+    moved = []
+    for free in (10**12, 0):
+        machine.available = 10**12
+        cache = Cache(SHAPE, ["a", "b"], torch.float64)
+        random = torch.Generator().manual_seed(0)
+        for block, length in (("a", start), ("b", count)):
+            if length == 0:
+                continue
+            plan = cache.extend([[block]], [length])
+            for kv, kind in zip(cache.layers, KINDS):
+                k, v = torch.randn(2, length, K, D, generator=random, dtype=torch.float64)
+                append(kv, k, v, positions_of(plan, cache.frequencies[kind], None, torch.float64))
+        pages = sum(len(held) for held in cache.pages.values())
+        held_back = cache.free[:]
+        cache.free.clear()  # as if others had them
+        machine.available = free
+        cache.move("b", "a")
+        assert cache.lengths == {"a": start + count, "b": 0}
+        assert len(cache.pages["a"]) == -(-(start + count) // PAGE) <= pages
+        assert not set(held_back) & set(cache.pages["a"])
+        moved.append([stored(cache, layer, "a", PAGE) for layer in range(L)])
+    for ours, theirs in zip(*moved):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_a_move_that_is_cut_off_half_way_leaves_a_cache_that_says_so(monkeypatch):
+    """Half of its layers have been moved, and half not: what it would compute from then on would be wrong."""
+    cache = Cache(SHAPE, ["a", "b"], torch.float32)
+    cache.extend([["a"], ["b"]], [5, 7])
+    kv = cache.layers[1]
+    whole = kv.keys
+    kv.keys = whole[:0]  # the second layer's pool can't be read
+    with pytest.raises(IndexError):
+        cache.move("b", "a")
+    kv.keys = whole
+    line = re.escape("this cache cannot be used any more: a move was cut off half-way")
+    for attempt in (lambda: cache.extend([["a"]], [1]), lambda: cache.move("b", "a"), lambda: cache.drop("a")):
+        with pytest.raises(InputError, match=line):
+            attempt()

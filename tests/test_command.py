@@ -19,11 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import Said, said
+from refusals import assert_one_line
 from tiny import END, ids_of, save_model
 
-from minihogwild import Model, generate, load
+from minihogwild import Model, generate, load, workers
 from minihogwild import model as transformer
 from minihogwild.generate import main
+from minihogwild.prompts import Prompts
 
 SAYS = {"together": "{names}: {problem}\n", "header_others": "[o]", "header_own": "[m]", "cue": " \\boxed{"}
 
@@ -41,19 +44,16 @@ def model(folder) -> Model:
 
 
 @pytest.fixture
-def command(folder, capsys, monkeypatch) -> Callable:
-    """(exit code, standard output, standard error) of the command, run in this process."""
+def command(folder) -> Callable[..., Said]:
+    """The command, run in this process, on a tiny model and the CPU."""
 
-    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), "utf-8"))
-        argv = [str(argument) for argument in arguments]
-        argv += [] if "--model" in argv else ["--model", str(folder)]
-        argv += [] if "--device" in argv else ["--device", "cpu"]
-        try:
-            code = main(argv)
-        except SystemExit as leaving:
-            code = leaving.code
-        return code, *capsys.readouterr()
+    def run(*arguments: object, stdin: bytes = b"") -> Said:
+        given = list(arguments)
+        if "--model" not in given:
+            given += ["--model", folder]
+        if "--device" not in given:
+            given += ["--device", "cpu"]
+        return said(main, *given, stdin=stdin)
 
     return run
 
@@ -64,25 +64,27 @@ def script(model, monkeypatch) -> Callable[..., None]:
 
     def write(*texts: list[str]) -> None:
         scripts = iter([ids_of(model, *text) for text in texts])
-        writing = {}
+        late = itertools.repeat(ids_of(model, "x")[0])
+        writing = {}  # by a worker's own stream of random numbers
 
         def sample(logits, sampling, streams):
-            for stream in streams:  # at first all of them, in worker order
+            for stream in streams:  # at first all workers, in their order; then, where there is one, a finisher
                 if id(stream) not in writing:
-                    writing[id(stream)] = (
-                        stream,
-                        itertools.chain(next(scripts), itertools.repeat(ids_of(model, "x")[0])),
-                    )
+                    script = next(scripts, None)
+                    if script is None:
+                        return sampled(logits, sampling, streams)
+                    writing[id(stream)] = stream, itertools.chain(script, late)
             return torch.tensor([next(writing[id(stream)][1]) for stream in streams])
 
-        monkeypatch.setattr(generate, "sample", sample)
+        sampled = workers.sample
+        monkeypatch.setattr(workers, "sample", sample)
 
     return write
 
 
 @pytest.fixture
 def fail_at_step(monkeypatch) -> Callable[[int, BaseException], None]:
-    """Let the n-th call of forward raise."""
+    """Let the n-th forward pass raise."""
 
     def patch(n: int, error: BaseException) -> None:
         forward, calls = transformer.forward, itertools.count(1)
@@ -97,13 +99,10 @@ def fail_at_step(monkeypatch) -> Callable[[int, BaseException], None]:
     return patch
 
 
-def assert_one_line(err: str, *culprits: str) -> None:
-    assert err.endswith("\n")
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("minihogwild: ")
+def assert_last_line(err: str, *culprits: str) -> None:
+    """Figures of what was computed may come first."""
+    assert_one_line(err.splitlines()[-1] + "\n", "minihogwild", *culprits)
     assert "Traceback" not in err
-    for culprit in culprits:
-        assert culprit in err
 
 
 # ---- what it prints
@@ -297,16 +296,64 @@ def test_json_takes_the_place_of_an_older_file(command, tmp_path, monkeypatch):
     assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 6])
-def test_the_older_file_stays_where_the_run_fails(command, tmp_path, fail_at_step, step):
+def test_the_older_file_stays_where_nothing_was_computed(command, tmp_path, fail_at_step):
     path = tmp_path / "result.json"
     path.write_text("old")
-    fail_at_step(step, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    fail_at_step(1, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     code, _, err = command("How?", "--json", path)
     assert code == 2
-    assert_one_line(err)
+    assert_one_line(err, "minihogwild", "out of memory", "2.00 GiB")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["result.json"]
+
+
+@pytest.mark.parametrize("forward_steps", [0, 1, 5])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("CUDA error: lost")],
+    ids=["memory", "device"],
+)
+def test_a_run_that_fails_late_writes_what_there_is(command, script, tmp_path, fail_at_step, error, forward_steps):
+    script(["abcdefghijkl"], ["abcdefghijkl"])
+    fail_at_step(2 + forward_steps + 1, error)  # prompt and headers come first
+    options = [[f"--{what}", tmp_path / what] for what in ("json", "record", "trace")]
+    code, out, err = command("How?", *itertools.chain(*options))
+    assert code == 2
+    assert_last_line(err, "memory" if isinstance(error, torch.OutOfMemoryError) else "CUDA error: lost")
+    result = json.loads((tmp_path / "json").read_text())
+    assert result["stopped_by"].startswith("error: ")
+    assert result["forward_steps"] == forward_steps
+    written = "abcdefghijkl"[:forward_steps]
+    assert [worker["tokens"] for worker in result["workers"]] == [len(written)] * 2
+    assert out.splitlines() == [f"{name}: {written}" for name in ("Alice", "Bob") if written]
+    schedule = json.loads((tmp_path / "record").read_text())
+    assert len(schedule["events"]) == 2 + forward_steps  # as many as the result tells of
+    assert all("digest" in event for event in schedule["events"])
+    assert (tmp_path / "trace").read_bytes().startswith(b"<!")
+
+
+@pytest.mark.parametrize("broken", ["json", "record", "trace"])
+def test_a_file_that_cannot_be_written_does_not_cost_the_others(command, tmp_path, monkeypatch, broken):
+    """Its folder goes away during the run."""
+    folders = {what: tmp_path / what for what in ("json", "record", "trace")}
+    for folder in folders.values():
+        folder.mkdir()
+    digests = []
+
+    def digest_and_remove(logits):
+        if not digests:
+            shutil.rmtree(folders[broken])
+        digests.append("float64:0")
+        return digests[-1]
+
+    monkeypatch.setattr(generate, "digest", digest_and_remove)
+    options = [[f"--{what}", folder / "file"] for what, folder in folders.items()]
+    code, _, err = command("How?", "--max-steps", 3, *itertools.chain(*options))
+    assert code == 2
+    assert_last_line(err, broken)
+    assert "3 forward steps" in err
+    for what, folder in folders.items():
+        assert (what == broken) != (folder / "file").exists()
 
 
 @pytest.mark.parametrize("option", ["--json", "--record"])
@@ -334,7 +381,7 @@ def test_a_pipe_is_refused_not_replaced(command, tmp_path):
         assert "Traceback" not in err
         assert stat.S_ISFIFO(path.lstat().st_mode)
         assert code == 2
-        assert_one_line(err, str(path))
+        assert_one_line(err, "minihogwild", str(path))
     finally:
         os.close(reader)
 
@@ -400,7 +447,7 @@ def test_bad_input_gives_one_line(command, tmp_path, monkeypatch, arguments, cul
     arguments = [argument.replace(TMP, str(empty)) for argument in arguments]
     code, out, err = command(*arguments, *(["--json", tmp_path / "result.json"] if with_json else []))
     assert (code, out) == (2, "")
-    assert_one_line(err, *(culprit.replace(TMP, str(empty)) for culprit in culprits))
+    assert_one_line(err, "minihogwild", *(culprit.replace(TMP, str(empty)) for culprit in culprits))
     assert os.listdir(tmp_path) == ["empty"]
     assert os.listdir(empty) == []
 
@@ -412,21 +459,21 @@ def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     code, out, err = command("hi", "--model", "nobody/nothing")
     assert (code, out) == (2, "")
-    assert_one_line(err, "nobody/nothing")
+    assert_one_line(err, "minihogwild", "nobody/nothing")
 
 
 def test_no_prompt_on_a_terminal_gives_one_line(folder, capsys, monkeypatch):
     for stdin in (None, type("Terminal", (), {"isatty": lambda self: True})()):
         monkeypatch.setattr(sys, "stdin", stdin)
         assert main(["--model", str(folder)]) == 2
-        assert_one_line(capsys.readouterr().err, "prompt is empty", "standard input")
+        assert_one_line(capsys.readouterr().err, "minihogwild", "prompt is empty", "standard input")
 
 
 def test_bytes_that_are_no_text_on_standard_input_give_one_line(command):
     for argument in ([], ["-"]):
         code, out, err = command(*argument, stdin=b"What is \xff\xfe?")
         assert (code, out) == (2, "")
-        assert_one_line(err, "UTF-8")
+        assert_one_line(err, "minihogwild", "UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -450,7 +497,7 @@ def test_a_broken_prompts_file_gives_one_line(command, tmp_path, content, culpri
     path.write_bytes(content)
     code, out, err = command("hi", "--prompts", path, "--max-steps", 2)
     assert (code, out) == (2, "")
-    assert_one_line(err, culprit)
+    assert_one_line(err, "minihogwild", culprit)
 
 
 def test_a_json_file_that_cannot_be_written_is_told_before_the_run(command, tmp_path, monkeypatch):
@@ -459,7 +506,7 @@ def test_a_json_file_that_cannot_be_written_is_told_before_the_run(command, tmp_
     for path in (tmp_path, tmp_path / "none" / "result.json", tmp_path / "file" / "result.json"):
         code, out, err = command("hi", "--json", path)
         assert (code, out) == (2, "")
-        assert_one_line(err, "--json", str(path))
+        assert_one_line(err, "minihogwild", "--json", str(path))
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -477,7 +524,7 @@ def test_no_file_is_written_over_another_of_the_same_command(command, tmp_path, 
         (tmp_path / "x").mkdir(exist_ok=True)
         code, out, err = command("hi", *options)
         assert (code, out) == (2, "")
-        assert_one_line(err, options[0], "already")
+        assert_one_line(err, "minihogwild", options[0], "already")
     assert words.read_text() == "{}"
 
 
@@ -511,7 +558,7 @@ def test_an_interrupt_before_the_first_step(command, fail_at_step, monkeypatch):
     assert (code, out.strip()) == (130, "")
     assert "Traceback" not in err
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "load", interrupted)
@@ -538,18 +585,19 @@ def test_out_of_memory_gives_one_line(command, script, fail_at_step, error, step
     fail_at_step(step, error)
     code, _, err = command("How?", "--workers", workers)
     assert code == 2
-    assert_one_line(err, "out of memory")
-    assert re.search(r"[\d.]+ ?[kMG]?B\b", err)  # how much, and for what
-    assert "step" in err
+    assert_last_line(err, "out of memory", "step")
+    assert re.search(r"[\d.]+ ?[kMGi]*B\b", err.splitlines()[-1])  # how much, and for what
+    assert len(err.splitlines()) == (1 if step == 1 else 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_give_one_line(command, monkeypatch, tmp_path, value):
+def test_logits_that_are_no_numbers_give_one_line(command, model, monkeypatch, tmp_path, value):
     """In the third step and of the second worker; what was written until then has been shown."""
     forward, calls = transformer.forward, itertools.count(1)
 
     def overflowing(*arguments):
         logits = forward(*arguments)
+        logits[:, ids_of(model, "a")] = 1e4
         if len(logits) == 2 and next(calls) == 4:  # the headers come first
             logits[1, 5] = value
         return logits
@@ -557,9 +605,11 @@ def test_logits_that_are_no_numbers_give_one_line(command, monkeypatch, tmp_path
     monkeypatch.setattr(transformer, "forward", overflowing)
     code, out, err = command("How?", "--workers", 2, "--temperature", 1, "--json", tmp_path / "result.json")
     assert code == 2
-    assert_one_line(err, "step 3", "Bob", "NaN or infinite")
-    assert "Alice: " in out
-    assert list(tmp_path.iterdir()) == []
+    assert_last_line(err, "step 3", "Bob", "NaN or infinite")
+    assert out == "Alice: aa\nBob: aa\n"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["stopped_by"].startswith("error: step 3: Bob's logits")
+    assert [worker["tokens"] for worker in result["workers"]] == [2, 2]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -574,7 +624,7 @@ def test_a_finishers_logits_that_are_no_numbers_give_one_line(command, monkeypat
     monkeypatch.setattr(transformer, "forward", overflowing)
     code, _, err = command("Put it in \\boxed{}.", "--workers", workers, "--max-steps", 2)
     assert code == 2
-    assert_one_line(err, "finisher", "NaN or infinite")
+    assert_last_line(err, "finisher", "NaN or infinite")
 
 
 def test_other_errors_are_not_hidden(folder, fail_at_step):
@@ -596,6 +646,74 @@ def test_extreme_temperatures_are_no_failure(command, temperature):
     code, _, err = command("How?", "--temperature", temperature, "--max-steps", 5)
     assert code == 0
     assert "Traceback" not in err
+
+
+# ---- whose pace
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "is_drawn", "pace"),
+    [
+        (None, 0, False, 0),
+        (None, 0, True, 0),  # a terminal alone slows nothing
+        (None, 15, False, 0),
+        (None, 15, True, 15),  # who watches a model that was made to be watched
+        (3, 15, True, 3),
+        (3, 0, False, 3),
+        (0, 15, True, 0),
+    ],
+)
+def test_only_who_watches_a_model_that_asks_for_it_is_slowed_by_default(asked, words, is_drawn, pace):
+    options = generate.arguments().parse_args([] if asked is None else ["--pace", str(asked)])
+    assert generate.pace_of(options, Prompts(pace=words), is_drawn) == pace
+
+
+def test_a_paced_run_says_so_and_tells_the_whole_time(command):
+    code, out, err = command("How?", "--max-steps", 5, "--pace", 50)
+    assert code == 0
+    found = re.search(r"; paced at 50 steps a second: ([\d.]+) s in all$", err.rstrip())
+    assert found
+    assert float(found[1]) >= 0.1  # four times a fiftieth, and more
+    assert "paced" not in command("How?", "--max-steps", 5)[2]
+    assert command("How?", "--max-steps", 5)[1] == out
+
+
+# ---- the folder
+
+
+def test_a_model_in_the_home_folder_brings_its_own_problem(folder, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = shutil.copytree(folder, tmp_path / "mine")
+    (own / "prompts.json").write_text(json.dumps({**SAYS, "problem": "What now?"}))
+    for name in ("~/mine", own):
+        code, out, err = command("--model", name, "--max-steps", 2)
+        assert code == 0, err
+        assert out.startswith("What now?\n\n")
+    weights = own / "model.safetensors"
+    code, _, err = command("--model", "~/mine", "--json", weights)  # not over the model's own
+    assert code == 2
+    assert_one_line(err, "minihogwild", "--json", "already")
+
+
+def test_a_hub_repository_brings_its_own_problem(folder, command, tmp_path, monkeypatch):
+    own = shutil.copytree(folder, tmp_path / "snapshot")
+    (own / "prompts.json").write_text(json.dumps({**SAYS, "problem": "What now?"}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(own))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("--model", "somebody/something", "--max-steps", 2, "--json", tmp_path / "result.json")
+    assert code == 0, err
+    assert out.startswith("What now?\n\n")
+    assert json.loads((tmp_path / "result.json").read_text())["model"] == "somebody/something"
+
+
+def test_workers_may_be_called_like_blocks(command, script, tmp_path):
+    names = ["common", "header others", "finisher"]
+    (tmp_path / "words.json").write_text(json.dumps({**SAYS, "names": names}))
+    script(["a"], ["b"], ["c"])
+    options = ["--workers", 3, "--max-steps", 2, "--prompts", tmp_path / "words.json"]
+    code, out, err = command("Put it in \\boxed{}.", *options)
+    assert code == 0, err
+    assert out.splitlines()[:3] == ["common: ax", "header others: bx", "finisher: cx"]
 
 
 # ---- as a process
@@ -631,7 +749,7 @@ def test_the_module_and_the_command_say_the_same(folder, tmp_path):
 def test_bad_input_to_a_process_gives_one_line(folder):
     code, out, err = process([script_path(), b"h\xffi", "--model", folder])
     assert (code, out) == (2, "")
-    assert_one_line(err, "UTF-8")
+    assert_one_line(err, "minihogwild", "UTF-8")
 
 
 def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):

@@ -10,32 +10,49 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from util import WatchedOracle, config, configs, random_weights, relative_difference, run, schedules, step
 
-from minihogwild import Cache, Sampling, Weights, kernels, load, model
-from minihogwild.config import Layer
-from minihogwild.generate import DUET, Run
+from minihogwild import Cache, Layer, Run, Sampling, Weights, load
+from minihogwild import step as engine_step
+from minihogwild.backend import PyTorchBackend
+from minihogwild.generate import DUET
+from minihogwild.gpu import kernels, recorded
 from minihogwild.oracle import Oracle
 from minihogwild.prompts import prompts_of
+from minihogwild.weights import Dense
+from minihogwild.workers import drive
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
 
+def on_gpu(value):
+    """A tensor, a matrix, a layer or all weights."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, Dense):
+        return Dense(value.tensor.cuda())
+    if isinstance(value, list):
+        return [on_gpu(part) for part in value]
+    if isinstance(value, (Layer, Weights)):
+        return type(value)(**{name: on_gpu(part) for name, part in vars(value).items()})
+    return value
+
+
 class Engine:
-    """On the GPU: a decode step is recorded, unless layers are sparse."""
+    """On the GPU: a decode step is recorded, unless layers have experts."""
 
-    def __init__(self, config, weights: Weights, blocks: list[str]):
-        def cuda(tensors) -> dict:
-            return {name: tensor.cuda() if isinstance(tensor, torch.Tensor) else tensor for name, tensor in tensors}
-
-        layers = [Layer(**cuda(vars(layer).items())) for layer in weights.layers]
-        self.config, self.weights = config, Weights(**cuda(vars(weights).items()) | {"layers": layers})
-        self.cache = Cache(config, blocks, weights.embed.dtype, "cuda")
+    def __init__(self, config, weights: Weights, blocks: list[str], backend: PyTorchBackend | None = None):
+        self.config, self.weights = config, on_gpu(weights)
+        self.cache = Cache(config, blocks, weights.embed.dtype, "cuda", backend)
+        self.move, self.drop = self.cache.move, self.cache.drop
 
     def step(self, views: list[list[str]], tokens: list[list[int]]) -> torch.Tensor:
-        return model.step(views, tokens, self.weights, self.config, self.cache)
+        return engine_step(views, tokens, self.weights, self.config, self.cache)
 
-    def move(self, source: str, target: str) -> None:
-        self.cache.move(source, target)
+
+class Unrecorded(kernels.TritonBackend):
+    """To compile and record takes seconds for each shape."""
+
+    run = PyTorchBackend.run
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -44,9 +61,8 @@ class Engine:
 def test_kernels_equal_the_oracle(dtype, shape, schedule, biases, qk_norms, seed):
     weights = random_weights(shape, dtype, seed, biases, qk_norms)
     blocks, events = schedule
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "decode", model.forward)  # to compile takes seconds for each shape
-        ours = [logits.cpu() for logits in run(Engine(shape, weights, blocks), events)]
+    backend = PyTorchBackend() if dtype == torch.float64 else Unrecorded()
+    ours = [logits.cpu() for logits in run(Engine(shape, weights, blocks, backend), events)]
     oracle = WatchedOracle(shape, weights, blocks)
     theirs = list(run(oracle, events))
     if oracle.narrowest > 10 * TOLERANCE[dtype]:
@@ -58,15 +74,15 @@ def test_kernels_equal_the_oracle(dtype, shape, schedule, biases, qk_norms, seed
 def test_linear_in_sixteen_bits(dtype, T, N, E):
     x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((T, E), (N, E), (N,)))
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    ours = kernels.linear(x.cuda(), weight.cuda(), bias.cuda()).cpu()
+    ours = kernels.TritonBackend().linear(x.cuda(), Dense(weight.cuda()), bias.cuda()).cpu()
     assert relative_difference(ours, exact) <= torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("compile_from", [0, model.COMPILE_FROM], ids=["compiled", "eager"])
+@pytest.mark.parametrize("compile_from", [0, recorded.COMPILE_FROM], ids=["compiled", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recorded_steps_equal_the_oracle_while_texts_grow(dtype, compile_from, monkeypatch):
     """In bfloat16, where these weights magnify every rounding: as near to it as PyTorch's own products on the CPU."""
-    monkeypatch.setattr(model, "COMPILE_FROM", compile_from)
+    monkeypatch.setattr(recorded, "COMPILE_FROM", compile_from)
     shape, draw = config("llama3", heads=10, kv_heads=2, head_dim=64), random.Random(0)
     weights, names = random_weights(shape, dtype), ["a", "b", "c"]
 
@@ -85,16 +101,24 @@ def test_recorded_steps_equal_the_oracle_while_texts_grow(dtype, compile_from, m
     ours, theirs = (
         [relative_difference(a.cpu(), b) for a, b in zip(run(machine, events), exact)] for machine in (engine, plain)
     )
-    assert list(engine.cache.graphs) == [3]
+    assert list(engine.cache.backend.recorded.by_rows) == [3]
     assert mean(ours) <= 1.5 * mean(theirs) if dtype == torch.bfloat16 else max(ours) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_does_not_wait_tells_what_one_that_waits_does(seed):
     """Sampled on the device, fed before the host has read it; retirements, moves and prefixes come a step late."""
-    runs = [Run(load(DUET), prompts_of(DUET).problem, 3, sampling=Sampling(1.0), seed=seed) for _ in range(2)]
-    runs[1].ahead = False
-    told = [list(run) for run in runs]
-    assert runs[0].ahead
+    ahead, waiting = (Run(load(DUET), prompts_of(DUET).problem, 3, sampling=Sampling(1.0), seed=seed) for _ in range(2))
+    told = [list(ahead), list(drive(waiting, waiting.new_cache()))]
     assert len(told[0]) > 100
-    assert told[0] == told[1]
+    for ours, theirs in zip(*told, strict=True):
+        assert {**ours, "logits": None} == {**theirs, "logits": None}
+        assert torch.equal(ours.get("logits", torch.tensor(0)), theirs.get("logits", torch.tensor(0)))
+
+
+def test_kernels_can_be_switched_off():
+    """The same text, in float32, by plain PyTorch on the GPU."""
+    runs = [Run(load(DUET, "float32"), prompts_of(DUET).problem, 2, backend=b) for b in (None, PyTorchBackend())]
+    texts = [[event["text"] for event in run if event["do"] == "text"] for run in runs]
+    assert texts[0] == texts[1]
+    assert isinstance(runs[0].backend, kernels.TritonBackend)

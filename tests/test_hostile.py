@@ -8,18 +8,21 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from examples import examples
+from hub_files import MOE, TINY, make_folder, make_tensors, without, write_json
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from in_process import said
 from mutations import limited, mutate, mutated_bytes, to_json
-from replaying import said
 from safetensors.torch import save_file
-from test_load import MOE, TINY, make_folder, make_tensors, without, write_json
 
-from minihogwild import generate, load, text
+from minihogwild import generate, load
+from minihogwild.hub import chat_template
 
 YARN = TINY | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -40,7 +43,6 @@ NAMES = [
     "dtype",
     "shape",
 ]
-OUTCOMES = Counter()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def run(folder: Path) -> tuple[int, str]:
 
 
 def assert_run_or_refused(folder: Path) -> str:
-    """Returns what was said."""
+    """Within limits, and leaving the folder as it was. Returns what was said where it was refused, else ""."""
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     before = sorted(os.listdir(folder))
     with limited(nbytes):
@@ -75,7 +77,6 @@ def assert_run_or_refused(folder: Path) -> str:
         assert err.startswith("minihogwild: ")
         assert err.count("\n") == 1, err
         assert len(err) < 1200
-    OUTCOMES[code] += 1
     return err if code else ""
 
 
@@ -84,52 +85,75 @@ def test_sound_folders_run(folders):
         assert run(folder)[0] == 0
 
 
-few = {"suppress_health_check": list(HealthCheck)}
+# ---- any mutation
 
 
-@settings(max_examples=1200, **few)
-@given(data=st.data(), which=st.integers(0, 3), name=st.sampled_from(["config.json", *FILES]))
-def test_any_mutation_of_a_json_file(folders, data, which, name):
-    with tempfile.TemporaryDirectory() as copy:
-        folder = Path(shutil.copytree(folders[which], Path(copy) / "model"))
-        path = folder / (name if (folder / name).exists() else "config.json")
-        value = json.loads(path.read_text())
-        for _ in range(data.draw(st.integers(1, 3))):
-            if value:
-                mutate(data.draw, value, NAMES)
-        path.write_bytes(mutated_bytes(data.draw, to_json(data.draw, value)))
-        assert_run_or_refused(folder)
+def outcomes_of(mutation: Callable, folders: list[Path], count: int) -> Counter:
+    """Change a copy of a sound folder by `mutation(draw, folder)`, `count` times: how many then ran or were refused."""
+    outcomes = Counter()
+
+    @examples(count, suppress_health_check=list(HealthCheck))
+    @given(data=st.data(), sound=st.sampled_from(folders))
+    def try_one(data, sound):
+        with tempfile.TemporaryDirectory() as copy:
+            folder = Path(shutil.copytree(sound, Path(copy) / "model"))
+            mutation(data.draw, folder)
+            said = assert_run_or_refused(folder)
+        outcomes["refused" if said else "ran"] += 1
+
+    try_one()
+    return outcomes
 
 
-@settings(max_examples=800, **few)
-@given(data=st.data(), which=st.integers(0, 3))
-def test_any_mutation_of_safetensors_bytes(folders, data, which):
-    with tempfile.TemporaryDirectory() as copy:
-        folder = Path(shutil.copytree(folders[which], Path(copy) / "model"))
-        path = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
-        content = path.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        header, body = content[8 : 8 + size], content[8 + size :]
-        change = data.draw(st.sampled_from(["lies", "lies", "length", "header", "body"]))
-        if change == "lies":  # about names, dtypes, shapes, places
-            value = json.loads(header)
-            mutate(data.draw, value, NAMES)
-            header = to_json(data.draw, value)
-            size = len(header)
-        elif change == "length":
-            size = data.draw(st.one_of(st.integers(0, 2 * len(content)), st.integers(0, 2**64 - 1)))
-        elif change == "header":
-            header = mutated_bytes(data.draw, header)
-        else:
-            body = mutated_bytes(data.draw, body)
-        path.write_bytes(size.to_bytes(8, "little") + header + body)
-        assert_run_or_refused(folder)
+def change_json(draw: Callable, folder: Path) -> None:
+    """Of one file: one to three changes of its values, and perhaps one of its bytes."""
+    path = folder / draw(st.sampled_from(["config.json", *FILES]))
+    if not path.exists():
+        path = folder / "config.json"
+    value = json.loads(path.read_text())
+    for _ in range(draw(st.integers(1, 3))):
+        if value:
+            mutate(draw, value, NAMES)
+    path.write_bytes(mutated_bytes(draw, to_json(draw, value)))
 
 
-def test_the_mutations_were_of_all_kinds():
-    if OUTCOMES:  # the tests above ran in this process
-        assert OUTCOMES[0] > 200
-        assert OUTCOMES[2] > 800
+def change_tensors(draw: Callable, folder: Path) -> None:
+    """Of one safetensors file: its header, the header's length, or the numbers."""
+    path = draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, body = content[8 : 8 + size], content[8 + size :]
+    change = draw(st.sampled_from(["lies", "lies", "length", "header", "body"]))
+    if change == "lies":  # about names, dtypes, shapes, places
+        value = json.loads(header)
+        mutate(draw, value, NAMES)
+        header = to_json(draw, value)
+        size = len(header)
+    elif change == "length":
+        size = draw(st.one_of(st.integers(0, 2 * len(content)), st.integers(0, 2**64 - 1)))
+    elif change == "header":
+        header = mutated_bytes(draw, header)
+    else:
+        body = mutated_bytes(draw, body)
+    path.write_bytes(size.to_bytes(8, "little") + header + body)
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@few_or_many(60, 1200)
+def test_any_mutation_of_a_json_file(folders, count):
+    outcomes = outcomes_of(change_json, folders, count)
+    assert outcomes["ran"] > count / 20  # else nothing was tried,
+    assert outcomes["refused"] > count / 4  # or nothing was changed
+
+
+@few_or_many(40, 800)
+def test_any_mutation_of_safetensors_bytes(folders, count):
+    outcomes = outcomes_of(change_tensors, folders, count)
+    assert outcomes["ran"] > count / 20
+    assert outcomes["refused"] > count / 4
 
 
 # ---- by hand: what random changes hardly hit
@@ -280,7 +304,7 @@ ATTACKS = {
 def test_a_template_that_attacks_is_ended(folder, monkeypatch, attack):
     template, culprit = ATTACKS[attack]
     if "seconds" in culprit:
-        monkeypatch.setattr(text, "TEMPLATE_SECONDS", 1)
+        monkeypatch.setattr(chat_template, "SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)
     began = time.monotonic()
     err = assert_run_or_refused(folder)

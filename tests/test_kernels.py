@@ -1,7 +1,6 @@
 """The Triton kernels are the oracle's too: by Triton's interpreter, without a GPU, in float32 (it has no bfloat16)."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,29 +13,44 @@ if torch.cuda.is_available():
     pytest.skip("test_cuda.py does it in earnest", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="needs: python -m pip install triton 'numpy<2.4'")
-from minihogwild import kernels
+from minihogwild.backend import PyTorchBackend
+from minihogwild.gpu import kernels
 
 BEHIND = [step((["a"], [*range(9)] * 8)), {"do": "move", "from": "a", "to": "b"}, step((["b"], [*range(9)] * 8))]
 
 
-def flash_where_it_can(q, keys, values, plan, sight, scale):
-    """In float32 and for few rows too, where the engine has no use for it."""
-    return (kernels.flash if plan.only else kernels.attend)(q, keys, values, plan, sight, scale)
+class Pages(kernels.TritonBackend):
+    """The kernel over pages, whatever is read; tables as a recorded step has them. (In PyTorch: the few-row product,
+    which is for 16 bits.)"""
+
+    def attend(self, q, kv, positions, scale):
+        return kernels.attend_to_pages(q, kv, positions, scale)
+
+    def run(self, forward, tokens, weights, config, cache, plan):
+        plan = plan.padded(len(cache.lengths), len(cache.page_owner))
+        return PyTorchBackend.run(self, forward, tokens, weights, config, cache, plan)
 
 
-@pytest.mark.parametrize("attend", [kernels.attend, flash_where_it_can])
+class OneBlockWhereItCan(kernels.TritonBackend):
+    """FlashAttention in float32 and for few rows too, where the engine has no use for it."""
+
+    def attend(self, q, kv, positions, scale):
+        alone = positions.plan.lone_block_length > 0
+        attend = kernels.attend_to_one_block if alone else kernels.attend_to_pages
+        return attend(q, kv, positions, scale)
+
+
+@pytest.mark.parametrize("backend", [Pages(), OneBlockWhereItCan()], ids=["pages", "one block"])
 @pytest.mark.filterwarnings("ignore:Conversion of an array", "ignore:divide by zero")  # an empty share's log2(0)
 @settings(max_examples=20)
 @example(config("llama3", heads=6, kv_heads=2), (["a", "b"], BEHIND), True, 0)  # a block whose pages are not in order
 @given(configs(), schedules(), st.booleans(), st.integers(0, 99))
-def test_attention_equals_the_oracle(attend, shape, schedule, qk_norms, seed):
+def test_attention_equals_the_oracle(backend, shape, schedule, qk_norms, seed):
     """Three programs share what 256 do on a GPU: so each has pages to go through."""
     weights, (blocks, events) = random_weights(shape, torch.float32, seed, False, qk_norms), schedule
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "PROGRAMS", 3 * shape.num_key_value_heads)
-        engine = util.Engine(shape, weights, blocks, static=True)
-        engine.cache.ops = SimpleNamespace(linear=kernels.linear, attend=attend)
-        ours = list(run(engine, events))
+        ours = list(run(util.Engine(shape, weights, blocks, backend=backend), events))
     oracle = WatchedOracle(shape, weights, blocks)
     theirs = list(run(oracle, events))
     if oracle.narrowest > 2e-3:
@@ -49,4 +63,4 @@ def test_linear_in_float16(T, N, E):
     """The one 16-bit type that the interpreter has: short and long rows, split or not, ends that fill no tile."""
     x, weight, bias = (torch.randn(shape, dtype=torch.float16) for shape in ((T, E), (N, E), (N,)))
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    assert relative_difference(kernels.linear(x, weight, bias), exact) <= torch.finfo(torch.float16).eps
+    assert relative_difference(kernels.linear_for_few_rows(x, weight, bias), exact) <= torch.finfo(torch.float16).eps

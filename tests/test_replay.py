@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,23 +18,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_process import said
 from mutations import limited, mutate, mutated_bytes, to_json
-from replaying import assert_one_line, model, replayed, said
+from replaying import assert_one_line, model, replayed
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from test_engine import TOLERANCE, pages
 from tiny import END, ids_of, save_model
 from util import V, config, configs, relative_difference, schedules, step
 
-from minihogwild import Model, generate, replay
+from minihogwild import Cache, Model, generate, replay, workers
 from minihogwild import load as load_model
-from minihogwild.cache import Cache
+from minihogwild.backend import PyTorchBackend
+from minihogwild.layouts import COMMON, HEADER_OTHERS, HEADER_OWN, SEPARATOR, block_of
 from minihogwild.oracle import Oracle
-from minihogwild.replay import digest, tensor_name
+from minihogwild.replay import digest, schedule_json, tensor_name
 
 BLOCKS = ["a", "b", "c"]
 PROMPT = step((["a"], [1, 2, 3]))
 MOVE = {"do": "move", "from": "a", "to": "b"}
+DROP = {"do": "drop", "block": "b"}
 TINY = model()
 
 
@@ -89,6 +93,10 @@ def wrong_step(**keys: object) -> dict:
         ({**MOVE, "to": ["b"]}, "'from' and 'to'"),
         ({**MOVE, "from": {}}, "'from' and 'to'"),
         ({"do": "move", "from": "a"}, "'from' and 'to'"),
+        ({**DROP, "block": "d"}, "unknown block 'd'"),
+        ({**DROP, "block": ["b"]}, "'block'"),
+        ({**DROP, "block": None}, "'block'"),
+        ({"do": "drop", "from": "b"}, "'block'"),
         ({"do": "dance"}, "'do'"),
         ({"do": ["step"]}, "'do'"),
         ({}, "'do'"),
@@ -161,7 +169,7 @@ def test_no_schedule_no_folder_for_the_logits(tmp_path):
         [tmp_path / "none.json", "--out", tmp_path / "none" / "logits"],
         [tmp_path / "none.json", "--out", tmp_path],
     ):
-        with patch.object(replay, "load", lambda *_: TINY):
+        with patch.object(replay, "load", lambda *_, **__: TINY):
             code, out, err = said(replay.main, *arguments, "--model", "tiny")
         assert (code, out) == (2, "")
         assert_one_line(err, "replay")
@@ -222,6 +230,50 @@ def test_no_context_limit(tmp_path):
         assert len(written(tmp_path)) == 5
 
 
+def test_a_drop_empties_a_block(tmp_path):
+    """What is written to it afterwards stands where the first stood; of an empty one, or one never written, nothing."""
+    forgotten = [step((["a", "b"], [4, 5])), MOVE | {"from": "c"}, DROP, DROP, {**DROP, "block": "c"}]
+    last = step((["a", "b"], [6]), (["b", "a", "c"], [7, 8]))
+    for oracle in ([], ["--oracle"]):
+        assert replayed(tmp_path, schedule(PROMPT, *forgotten, last), *oracle, of=TINY)[0] == 0
+        found = written(tmp_path)
+        assert sorted(found) == ["step_0000", "step_0001", "step_0006"]
+        assert replayed(tmp_path, schedule(PROMPT, last), *oracle, of=TINY)[0] == 0
+        assert relative_difference(found["step_0006"], written(tmp_path)["step_0001"]) <= 1e-6  # float32 in the file
+        assert replayed(tmp_path, schedule(PROMPT, *forgotten[:1], last), *oracle, of=TINY)[0] == 0
+        assert relative_difference(found["step_0006"], written(tmp_path)["step_0002"]) > 1e-3
+
+
+@pytest.mark.parametrize("oracle", [[], ["--oracle"]], ids=["engine", "oracle"])
+def test_a_folder_without_a_tokenizer_is_enough(tmp_path, oracle):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder)
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(schedule(PROMPT)))
+    arguments = [path, "--model", folder, "--device", "cpu", *oracle, "--out"]
+    assert said(replay.main, *arguments, tmp_path / "with")[0] == 0
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    assert said(replay.main, *arguments, tmp_path / "without")[0] == 0
+    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
+
+
+def test_without_kernels_it_is_pytorchs_backend(tmp_path):
+    with patch.object(replay, "Cache", side_effect=Cache) as caches:
+        for options in ([], ["--kernels", "auto"], ["--kernels", "off"]):
+            assert replayed(tmp_path, schedule(PROMPT), *options, of=TINY)[0] == 0
+        assert replayed(tmp_path, schedule(PROMPT), "--kernels", "off", "--oracle", of=TINY)[0] == 0
+    backends = [arguments.args[4:] for arguments in caches.call_args_list]
+    assert backends[:2] == [(), ()]  # left to the cache
+    assert type(backends[2][0]) is PyTorchBackend
+    assert len(backends) == 3  # the oracle needs none
+    code, _, err = replayed(tmp_path, schedule(PROMPT), "--kernels", "on", of=TINY)
+    assert code == 2
+    assert_one_line(err, "replay", "--kernels")
+
+
 def test_names_of_tensors():
     names = [tensor_name(index) for index in (0, 7, 9999, 10_000, 123_456)]
     assert names == ["step_0000", "step_0007", "step_9999", "step_10000", "step_123456"]
@@ -265,7 +317,8 @@ def test_engine_and_oracle_write_the_same_logits(dtype, data):
     blocks, events = data.draw(schedules())
     drawn = model(dtype, data.draw(configs()), seed=data.draw(st.integers(0, 99)), biases=data.draw(st.booleans()))
     files = []
-    with tempfile.TemporaryDirectory() as name, patch("minihogwild.cache.PAGE", data.draw(pages)):
+    paged = partial(Cache, page_size=data.draw(pages))
+    with tempfile.TemporaryDirectory() as name, patch.object(replay, "Cache", paged):
         for oracle in ([], ["--oracle"]):
             assert replayed(Path(name), {"blocks": blocks, "events": events}, *oracle, of=drawn)[0] == 0
             files.append(written(Path(name)))
@@ -286,13 +339,15 @@ def test_what_is_replayed_is_what_the_oracle_gives(shape, schedule, page):
     """`replay` itself, before it rounds to float32; the reference is run here, event by event."""
     blocks, events = schedule
     of = model(shape=shape)
-    with patch("minihogwild.cache.PAGE", page):
-        ours = dict(replay.replay({"blocks": blocks, "events": events}, of))
+    cache = Cache(shape, blocks, torch.float64, page_size=page)
+    ours = dict(replay.replay({"blocks": blocks, "events": events}, of, cache=cache))
     theirs = dict(replay.replay({"blocks": blocks, "events": events}, of, oracle=True))
     reference, expected = Oracle(shape, of.weights, blocks), {}
     for index, event in enumerate(events):
         if event["do"] == "move":
             reference.move(event["from"], event["to"])
+        elif event["do"] == "drop":
+            reference.drop(event["block"])
         else:
             expected[index] = reference.step(event["views"], event["tokens"])
     assert ours.keys() == theirs.keys() == expected.keys()
@@ -366,7 +421,54 @@ def test_each_steps_logits_are_written_before_the_next_are_made_and_not_kept(tmp
     assert {count for what, count in log[1:] if what == "written"} == {size}
 
 
+def test_a_schedule_holds_what_the_format_has_and_nothing_else(tmp_path):
+    """Events of a Run say more, and there are more kinds of them."""
+    kept = [
+        {"do": "step", "views": [["a"]], "tokens": [[1]], "sampled": [2], "digest": "float64:0"},
+        {"do": "step", "views": [["a"], ["b"]], "tokens": [[1], [3]]},
+        {"do": "move", "from": "a", "to": "b"},
+        {"do": "drop", "block": "b"},
+    ]
+    more = {"worker": "Zoë", "logits": torch.zeros(1, V), "text": "x"}
+    others = [{"do": "begin", "worker": "a"}, {"do": "text", "text": "x"}, {"do": "retire", "worker": "a"}]
+    data = schedule_json(["a", "b", "ü"], [*others, *(event | more for event in kept), *others])
+    assert json.loads(data) == {"version": 1, "blocks": ["a", "b", "ü"], "events": kept}
+    assert "ü".encode() in data
+    assert len(data.splitlines()) == len(kept) + 2  # a line for each
+    (tmp_path / "s.json").write_bytes(data)
+    assert replay.read_schedule(tmp_path / "s.json", V) == {"blocks": ["a", "b", "ü"], "events": kept}
+    assert json.loads(schedule_json(["a"], [])) == {"version": 1, "blocks": ["a"], "events": []}
+
+
 # ---- what fails on the way
+
+
+@pytest.mark.parametrize("error", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_a_gpu_that_is_lost_gives_one_line(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`\n")
+
+    monkeypatch.setattr(replay, "step", fail)
+    code, out, err = replayed(tmp_path, schedule(PROMPT), of=TINY)
+    assert (code, out) == (2, "")
+    assert_one_line(err, "replay", "CUDA error: an illegal memory access")
+
+
+def test_another_failure_is_ours_and_raised(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no CUDA error")
+
+    monkeypatch.setattr(replay, "step", fail)
+    with pytest.raises(RuntimeError, match="no CUDA error"):
+        replayed(tmp_path, schedule(PROMPT), of=TINY)
+
+
+@pytest.mark.parametrize("control", ["\x1b", "\x9b", "\x7f", *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"])
+def test_no_message_controls_or_reverses_the_terminal(tmp_path, control):
+    code, _, err = replayed(tmp_path, schedule(PROMPT), "--out", tmp_path / "none" / f"{control}fdp.exe", of=TINY)
+    assert code == 2
+    assert_one_line(err, "replay", "fdp.exe")
+    assert control not in err
 
 
 @pytest.fixture
@@ -453,7 +555,7 @@ def test_logits_that_are_not_finite_are_told_by_their_event(tmp_path, older, val
     of.weights.embed[7] = value
     expected = 2
     if value == 1e300:  # finite in float64, and not in the file
-        of.weights.embed[7], of.weights.head[:] = 1.0, value
+        of.weights.embed[7], of.weights.head.tensor[:] = 1.0, value
         expected = 0
     code, out, err = replayed(tmp_path, schedule(*events), *oracle, of=of)
     assert (code, out) == (2, "")
@@ -467,10 +569,10 @@ def test_logits_that_are_not_finite_are_told_by_their_event(tmp_path, older, val
 SAYS = {"together": "{names}: {problem}\n", "header_others": "[o]", "header_own": "[m]", "cue": " \\boxed{"}
 NAMES = ["Alice", "Bob", "Carol"]
 WRITTEN = {  # blocks that are written to before a worker begins, by layout
-    "combined": {"common", "header others", "header own"},
-    "contiguous": {"common", "separator"},
-    "interleaved": {"common"},
-    "independent": {"common"},
+    "combined": {COMMON, HEADER_OTHERS, HEADER_OWN},
+    "contiguous": {COMMON, SEPARATOR},
+    "interleaved": {COMMON},
+    "independent": {COMMON},
 }
 
 
@@ -490,7 +592,7 @@ def tiny(folder) -> Model:
 def ran(monkeypatch) -> list[dict]:
     """What runs: each step that the model is given with the digest of what it gave, and each move of the cache."""
     events = []
-    step_of_the_model, move_of_the_cache = generate.step, Cache.move
+    step_of_the_model, move_of_the_cache = workers.step, Cache.move
 
     def logged_step(views, tokens, *others):
         logits = step_of_the_model(views, tokens, *others)
@@ -502,7 +604,7 @@ def ran(monkeypatch) -> list[dict]:
         events.append({"do": "move", "from": source, "to": target})
         move_of_the_cache(cache, source, target)
 
-    monkeypatch.setattr(generate, "step", logged_step)
+    monkeypatch.setattr(workers, "step", logged_step)
     monkeypatch.setattr(Cache, "move", logged_move)
     return events
 
@@ -517,7 +619,13 @@ def script(tiny, monkeypatch) -> None:
         first.append(streams[0])
         return torch.tensor([next(text) if stream is first[0] else ids[0] for stream in streams])
 
-    monkeypatch.setattr(generate, "sample", sample)
+    monkeypatch.setattr(workers, "sample", sample)
+
+
+def blocks_of_finishers(layout: str, names: list[str]) -> set[str]:
+    if layout == "independent":
+        return {f"answer by finisher of {name}" for name in names}
+    return {"answer by finisher"}
 
 
 def record(folder: Path, path: Path, *options: object) -> tuple[int, dict]:
@@ -532,10 +640,10 @@ def again(folder: Path, path: Path, *options: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_run_is_recorded_as_it_ran_and_replayed_bit_for_bit(tmp_path, folder, ran, script, layout, workers):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_is_recorded_as_it_ran_and_replayed_bit_for_bit(tmp_path, folder, ran, script, layout, count):
     path = tmp_path / "run.json"
-    code, recorded = record(folder, path, "--layout", layout, "--workers", workers, "--max-steps", 20)
+    code, recorded = record(folder, path, "--layout", layout, "--workers", count, "--max-steps", 20)
     assert code == 0
     assert recorded["version"] == 1
     events = [{key: value for key, value in event.items() if key != "sampled"} for event in recorded["events"]]
@@ -544,10 +652,9 @@ def test_a_run_is_recorded_as_it_ran_and_replayed_bit_for_bit(tmp_path, folder, 
     moves = [event for event in recorded["events"] if event["do"] == "move"]
     assert len(moves) == {"combined": 2, "interleaved": 3}.get(layout, 0)
     assert set().union(*(view for event in steps for view in event["views"])) <= set(recorded["blocks"])
-    assert {view[-1] for event in steps for view in event["views"]} == WRITTEN[layout] | {*NAMES[:workers]} | {
-        f"finisher of {name}" if layout == "independent" else "finisher"
-        for name in NAMES[: workers if layout == "independent" else 1]
-    }
+    assert {view[-1] for event in steps for view in event["views"]} == (
+        WRITTEN[layout] | {block_of(name) for name in NAMES[:count]} | blocks_of_finishers(layout, NAMES[:count])
+    )
     assert any("finisher" in view[-1] for view in steps[-1]["views"])
 
     # What was sampled is what its block is fed next
@@ -616,14 +723,14 @@ def test_what_was_changed_in_a_recording_is_found(tmp_path, folder, script, what
 
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_an_interrupted_run_leaves_the_recording_of_what_ran(tmp_path, folder, script, monkeypatch, at):
-    path, calls, step_of_the_model = tmp_path / "run.json", itertools.count(1), generate.step
+    path, calls, step_of_the_model = tmp_path / "run.json", itertools.count(1), workers.step
 
     def interrupted(*arguments):
         if next(calls) == at:
             raise KeyboardInterrupt
         return step_of_the_model(*arguments)
 
-    monkeypatch.setattr(generate, "step", interrupted)
+    monkeypatch.setattr(workers, "step", interrupted)
     code, recorded = record(folder, path, "--max-steps", 20)
     assert code == 130
     assert sum(event["do"] == "step" for event in recorded["events"]) == at - 1

@@ -1,6 +1,7 @@
 """Rotary embedding: relative position is all there is, and the angles are exact far out."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal, getcontext
 
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from util import ROPES, config
 
-from minihogwild.config import Rope
-from minihogwild.oracle import frequencies, magnitude
-from minihogwild.rope import attention_factor, inverse_frequencies, rotate, rotation
+from minihogwild import LayerKind, Rope
+from minihogwild.oracle import frequencies_of_pairs, yarn_factor
+from minihogwild.rope import attention_factor, frequencies_of, inverse_frequencies, rotate, rotation
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 D = 16
@@ -84,16 +85,24 @@ def test_angles_are_exact_far_out(position, dtype, exact):
 )
 def test_frequencies_equal_the_oracles(kind, theta, factor, original, head_dim, truncate):
     rope = Rope(kind, theta, factor, original, truncate=truncate)
-    shape = type(config())(**{**vars(config()), "rope": rope, "head_dim": head_dim})
-    theirs = torch.tensor(frequencies(shape), dtype=torch.float64)
+    shape = replace(config(), rope=rope, head_dim=head_dim)
+    theirs = torch.tensor(frequencies_of_pairs(shape), dtype=torch.float64)
     torch.testing.assert_close(inverse_frequencies(rope, head_dim), theirs, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_attention_factor_equals_the_oracles(name):
     shape = config(name)
-    assert attention_factor(shape.rope) == pytest.approx(magnitude(shape), rel=1e-15)
+    assert attention_factor(shape.rope) == pytest.approx(yarn_factor(shape), rel=1e-15)
     assert (attention_factor(shape.rope) != 1) == name.startswith("yarn")
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_layers_without_rope_are_rotated_by_nothing_however_far_out(name):
+    frequencies = frequencies_of(LayerKind(rope=False), config(name, head_dim=D))
+    turns = rotation(torch.tensor(200_000), frequencies, torch.float64)
+    assert torch.equal(rotate(vector(3), *turns), vector(3))
+    assert torch.equal(frequencies_of(LayerKind(), config(name)), inverse_frequencies(ROPES[name], 8))
 
 
 def test_known_frequencies():

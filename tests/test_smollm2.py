@@ -16,14 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from minihogwild import Cache, Model, Sampling, forward, load
-from minihogwild import model as transformer
-from minihogwild.generate import Run
+from minihogwild import Cache, Model, Run, Sampling, forward, load
 from minihogwild.generate import main as generate_main
 from minihogwild.layouts import LAYOUTS
 from minihogwild.oracle import Oracle
 from minihogwild.prompts import Prompts
 from minihogwild.replay import main as replay_main
+from minihogwild.workers import drive
 
 TEXT = """\
 The lighthouse stood at the end of a long and narrow pier. Every evening, at six o'clock, its keeper climbed all of \
@@ -110,7 +109,13 @@ def their_model(folder: Path, dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("sizes", [[1], [3, 1, 4, 1, 5, 2]], ids=["single tokens", "ragged chunks"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([1], id="single tokens", marks=pytest.mark.slow),
+        pytest.param([3, 1, 4, 1, 5, 2], id="ragged chunks"),
+    ],
+)
 def test_logits_are_those_of_transformers(smollm2_folder, float32, sizes):
     """Both are fed the same chunks: fed all at once, transformers is itself off by 1.1e-4 (float64 tells)."""
     ours, theirs = fed_to_both(float32, their_model(smollm2_folder, "float32"), sizes)
@@ -118,6 +123,7 @@ def test_logits_are_those_of_transformers(smollm2_folder, float32, sizes):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(smollm2_folder, float32, bfloat16):
     theirs = their_model(smollm2_folder, "bfloat16")
     our_logits, their_logits = fed_to_both(bfloat16, theirs, [1])
@@ -149,7 +155,7 @@ def test_chat_ids_are_those_of_transformers(float32, their_tokenizer, prompt):
 # ---- one worker
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_one_worker_answers(smollm2_folder, dtype, tmp_path):
     question = "What is the capital of France? Answer in one sentence."
     command = [sys.executable, "-m", "minihogwild.generate", question, "--model", str(smollm2_folder), "--workers", "1"]
@@ -166,47 +172,52 @@ def test_one_worker_answers(smollm2_folder, dtype, tmp_path):
 # ---- several workers
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_200_steps(bfloat16, layout, workers):
-    model = replace(bfloat16, eos=frozenset())  # nobody retires: 200 steps it is, on any machine
-    run = Run(model, BREAD, workers, layout, 200, Sampling(temperature=0.8, top_p=0.95), seed=1)
-    events = list(run)
+STEPS = [
+    ("combined", 2, 20),
+    *(pytest.param(layout, workers, 200, marks=pytest.mark.slow) for layout in LAYOUTS for workers in (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("layout", "workers", "steps"), STEPS)
+def test_as_many_steps_as_are_asked_for(bfloat16, layout, workers, steps):
+    model = replace(bfloat16, eos=frozenset())  # nobody retires: so many steps it is, on any machine
+    run = Run(model, BREAD, workers, layout, steps, Sampling(temperature=0.8, top_p=0.95), seed=1)
+    cache = run.new_cache()
+    events = list(drive(run, cache))
     result = run.summary()
     if result["stopped_by"] == "answer":  # what else can come first
         assert result["answer"]
     else:
-        assert (result["stopped_by"], result["forward_steps"]) == ("steps", 200)
+        assert (result["stopped_by"], result["forward_steps"]) == ("steps", steps)
         assert 0 < result["finisher_steps"] <= 64 or layout == "independent"  # where nobody asks for \boxed
 
-    fed = {block: [] for block in run.cache.lengths}
+    fed = {block: [] for block in run.blocks}
     for event in events:
         if event["do"] == "step":
             for view, tokens in zip(event["views"], event["tokens"]):
                 fed[view[-1]] += tokens
-    assert sum(run.cache.lengths.values()) == sum(map(len, fed.values()))  # moves lose and double nothing
+    assert sum(cache.lengths.values()) == sum(map(len, fed.values()))  # moves lose and double nothing
+    assert cache.lengths == run.lengths
     for worker, shown in zip(run.workers, result["workers"]):
-        ids, own = shown["token_ids"], fed[worker.name]
+        ids, own = shown["token_ids"], fed[worker.block]
         own = own[1:] if layout == "independent" else own  # there it goes on from the prompt's last token
-        assert ids in (own, own + worker.pending)  # all that it wrote went into its block, but perhaps the last
+        assert ids in (own, own + worker.to_feed)  # all that it wrote went into its block, but perhaps the last
         assert all(0 <= token < model.config.vocab_size for token in ids)
-        assert shown["tokens"] > 100 or result["stopped_by"] == "answer"  # the others are prefixes
+        assert shown["tokens"] > steps / 2 or result["stopped_by"] == "answer"  # the others are prefixes
         assert all(text.strip() for text in shown["paragraphs"][:-1])
         assert shown["text"].strip()
     assert len(result["workers"]) == workers
 
 
-def test_oracle_makes_the_same_choices(float32, monkeypatch):
-    logits: list[Tensor] = []
-    monkeypatch.setattr(transformer, "forward", lambda *arguments: logits.append(forward(*arguments)) or logits[-1])
+@pytest.mark.slow
+def test_oracle_makes_the_same_choices(float32):
     run = Run(float32, BREAD, 2, "combined", max_steps=100, sampling=Sampling(), prompts=TURNS)
     events = [event for event in run if event["do"] in ("step", "move")]
     assert sum(event["do"] == "move" for event in events) >= 8
-    assert len(logits) == sum(event["do"] == "step" for event in events)
 
     clear = unclear = 0
-    for event, ours, theirs in zip(steps_of(events), logits, replay(events, run, float32)):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-4)
+    for event, theirs in zip(steps_of(events), replay(events, run, float32), strict=True):
+        torch.testing.assert_close(event["logits"].double(), theirs, rtol=0, atol=2e-4)
         best, second = theirs.topk(2).values.unbind(-1)
         for sampled, choice, margin in zip(event["sampled"], theirs.argmax(-1), best - second):
             if sampled is not None and margin > 1e-3:
@@ -218,6 +229,7 @@ def test_oracle_makes_the_same_choices(float32, monkeypatch):
     assert unclear <= clear // 20
 
 
+@pytest.mark.slow
 def test_a_recorded_run_replays_bit_for_bit(smollm2_folder, tmp_path, capsys):
     """By the two commands, in the checkpoint's dtype."""
     run, logits, of = tmp_path / "run.json", tmp_path / "logits.safetensors", ["--model", str(smollm2_folder)]
@@ -234,7 +246,7 @@ def steps_of(events: list[dict]) -> list[dict]:
 
 def replay(events: list[dict], run: Run, model: Model) -> Iterator[Tensor]:
     """The oracle's logits of each step."""
-    oracle = Oracle(model.config, model.weights, list(run.cache.lengths))
+    oracle = Oracle(model.config, model.weights, run.blocks)
     for event in events:
         if event["do"] == "move":
             oracle.move(event["from"], event["to"])

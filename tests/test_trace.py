@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from examples import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from replaying import model as model_of_nobody
 from tiny import END, save_model
 from torch import Tensor
+from util import schedules
 
-from minihogwild import InputError, Model, attention, generate, load, trace
-from minihogwild.generate import DUET, Run, main
-from minihogwild.oracle import Oracle, magnitude
+from minihogwild import Cache, InputError, Model, Run, Sampling, generate, load, workers
+from minihogwild.backend import PyTorchBackend
+from minihogwild.generate import DUET, main
+from minihogwild.hub import TextStream
+from minihogwild.layouts import COMMON, HEADER_OTHERS, block_of
+from minihogwild.oracle import Oracle, yarn_factor
 from minihogwild.prompts import Prompts, prompts_of
 from minihogwild.replay import digest, read_schedule, replay
-from minihogwild.sampling import Sampling
-from minihogwild.text import Stream
+from minihogwild.show import trace
 
 CHROMIUM = shutil.which("chromium")
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to test with: apt-get install chromium")
+slow = pytest.mark.slow
 LAST = 80  # of duet's steps that most tests look at: five paragraphs have moved by then
 
 
@@ -38,23 +46,33 @@ class Traced:
 
     def __init__(self, path: Path, model: Model, problem: str, **options):
         run, self.path, self.model = Run(model, problem, **options), path, model
-        self.events, self.digests = [], []
-        for event in run:
-            if event["do"] == "step":
-                self.digests.append(digest(run.logits))
-            if event["do"] != "text":
-                self.events.append(event)
-        self.workers, self.blocks = [worker.name for worker in run.workers], [*run.cache.lengths]
-        path.write_bytes(trace.page(self.blocks, self.events, model, run.summary()))
+        self.digests = [digest(event["logits"]) for event in run if event["do"] == "step"]
+        self.events, self.blocks = run.history, run.blocks
+        self.workers = [worker.name for worker in run.workers]
+        self.names = {writer.block: writer.name for writer in run.workers + run.finishers}
+        self.about = run.summary()
+        self.write(self.events)
         self.schedule = {"blocks": self.blocks, "events": [e for e in self.events if e["do"] in ("step", "move")]}
 
+    def write(self, events: list[dict], **about) -> None:
+        """The page of these events."""
+        self.path.write_bytes(trace.page(self.blocks, events, self.model, self.about | about, self.names))
+
     def look(self) -> None:
-        """Let the oracle do it all again. By token: its weights, and what there was when it was fed."""
-        reader = Reader(self.model, self.blocks)
+        """Let the oracle do it all again. By token: its weights, and what there was when it was fed.
+
+        All is told as a reader knows it: by the names of those who write, in the place of their blocks.
+        """
+        label = {block: self.names.get(block, block) for block in self.blocks}
+        reader = Reader(self.model, [*label.values()])
         self.steps, self.attention, self.homes = [], [], reader.homes
         self.ids, self.first, before = [], None, None  # the first token that a worker fed
         begun = next(n for n, event in enumerate(self.events) if event["do"] == "begin")
         for n, event in enumerate(self.events):
+            if event["do"] == "move":
+                event = event | {"from": label[event["from"]], "to": label[event["to"]]}
+            elif event["do"] == "step":
+                event = event | {"views": [[label[block] for block in view] for view in event["views"]]}
             if event["do"] == "move":
                 reader.move(event["from"], event["to"])
             elif event["do"] == "step":
@@ -95,23 +113,28 @@ class Reader(Oracle):
         return found
 
     def move(self, source: str, target: str) -> None:
-        super().move(source, target)
         self.held[target] = self.held[target] + self.held[source]
+        super().move(source, target)
         self.held[source] = []
 
-    def attention(self, i: int, view: list[str], q: Tensor) -> Tensor:
-        heads = self.config.num_attention_heads
-        keys, values = (torch.cat([self.stored[block][i][kind] for block in view]) for kind in (0, 1))
-        S, n = len(keys), len(q)
-        places = torch.arange(S, dtype=torch.float64)
-        turned = self.turn(keys, places)
+    def drop(self, block: str) -> None:
+        super().drop(block)
+        self.held[block] = []
+
+    def attention(self, number: int, view: list[str], q: Tensor) -> Tensor:
+        keys = torch.cat([self.keys[block][number] for block in view])  # [S, K, D]
+        values = torch.cat([self.values[block][number] for block in view])
+        kind = self.config.layer_kinds[number]
+        heads, S, n = q.shape[1], len(keys), len(q)
+        places = torch.arange(S)
+        turned_keys, turned_queries = self.rotate(keys, places, kind), self.rotate(q, places[S - n :], kind)
         weights, out = torch.zeros(heads, n, S, dtype=torch.float64), torch.zeros_like(q)
         for row in range(n):
             upto = S - n + row + 1
-            query = self.turn(q[row : row + 1], places[upto - 1 : upto])[0]
             for head in range(heads):
                 kv = head * keys.shape[1] // heads
-                scores = turned[:upto, kv] @ query[head] * magnitude(self.config) ** 2 / math.sqrt(q.shape[-1])
+                scores = turned_keys[:upto, kv] @ turned_queries[row, head]
+                scores *= yarn_factor(self.config) ** 2 / math.sqrt(q.shape[-1])
                 weights[head, row, :upto] = torch.softmax(scores, 0)
                 out[row, head] = weights[head, row] @ values[:, kv]
         self.seen[view[-1]].append(weights)
@@ -220,32 +243,75 @@ def assert_is(listed: dict[int, float], rest: float, true: Tensor, rounded: floa
 # ---- what was computed
 
 
+def onlooker(first: int, show: Callable[[Tensor], None], backend: PyTorchBackend | None = None) -> trace.Onlooker:
+    return trace.Onlooker(backend or PyTorchBackend(), first, show)
+
+
+@slow
 def test_a_replay_is_the_run_bit_for_bit(duet):
     for dtype, expected in (("float32", duet.digests), ("bfloat16", None)):
         model = load(DUET, dtype, "cpu")
         expected = expected or [digest(logits) for _, logits in replay(duet.schedule, model)]
-        watched = trace.Watched(model, duet.blocks)
-        assert [digest(logits) for _, logits in replay(duet.schedule, model, cache=watched)] == expected
+        shown = []
+        cache = Cache(model.config, duet.blocks, model.dtype, "cpu", onlooker(0, shown.append))
+        assert [digest(logits) for _, logits in replay(duet.schedule, model, cache=cache)] == expected
+        assert len(shown) == len(expected) * model.config.num_hidden_layers
 
 
-def test_what_is_not_recorded_is_left_to_the_caches_own_ops(model, duet, monkeypatch):
-    """On CUDA kernels that keep no weights: those of a long prompt may not fit."""
-    own, plain, recorded = trace.Cache.__init__, [], []
-    ops = SimpleNamespace(linear=lambda *given: attention.linear(*given))
-    ops.attend = lambda *given: plain.append(cache.count) or attention.attend(*given)
+class Kernels(PyTorchBackend):
+    """A backend of which is noted what it is asked for; it reads the plan's tables, and not the mask."""
 
-    def begin(self, *given, **options):
-        own(self, *given, **options)
-        self.ops = ops
+    def __init__(self):
+        self.asked = []
 
-    monkeypatch.setattr(trace.Cache, "__init__", begin)
-    cache = trace.Record(model, duet.blocks, duet.first, 0)
-    cache.see = lambda weights: recorded.append(cache.count)
-    counts = [cache.count for _ in replay(duet.schedule, model, cache=cache)]
+    def linear(self, x, weight, bias=None):
+        self.asked.append("linear")
+        return super().linear(x, weight, bias)
+
+    def reduce(self, x):
+        self.asked.append("reduce")
+        return x
+
+    def causal_mask(self, plan, dtype):
+        self.asked.append("causal_mask")
+
+    def attend(self, q, kv, positions, scale):
+        assert positions.causal_mask is None
+        self.asked.append("attend")
+        mask = super().causal_mask(positions.plan, torch.promote_types(kv.keys.dtype, torch.float32))
+        return super().attend(q, kv, replace(positions, causal_mask=mask), scale)
+
+
+def test_what_is_not_recorded_is_left_to_the_runs_own_backend(model, duet):
+    """Kernels on a GPU keep no weights: those of a long prompt may not fit."""
+    kernels, shown, digests, fed = Kernels(), [], [], 0
     layers = model.config.num_hidden_layers
-    assert plain == [count for count in counts if count <= duet.first for _ in range(layers)] != []
-    assert recorded == [count for count in counts if count > duet.first for _ in range(layers)]
-    assert cache.linear is ops.linear
+    looking = onlooker(duet.first, shown.append, kernels)
+    cache = Cache(model.config, duet.blocks, model.dtype, "cpu", looking)
+    for index, logits in replay(duet.schedule, model, cache=cache):
+        digests.append(digest(logits))
+        fed += sum(map(len, duet.schedule["events"][index]["tokens"]))
+        watched = fed > duet.first
+        assert len(shown) == layers * watched
+        assert kernels.asked.count("attend") == layers * (not watched)
+        assert kernels.asked.count("causal_mask") == (not watched)
+        assert kernels.asked.count("linear") == 4 * layers + 1
+        assert kernels.asked.count("reduce") == 2 * layers
+        kernels.asked.clear()
+        shown.clear()
+    assert digests == duet.digests
+
+
+def test_a_block_that_is_dropped_holds_nothing_and_its_slots_are_others(tiny):
+    """The second text stands where the first stood, in the same slots; the third token sees both blocks."""
+    steps = [(["a"], [5, 6, 7]), (["a", "b"], [8, 9]), (["b", "a"], [10, 11, 12, 13]), (["a", "b"], [14])]
+    events = [{"do": "step", "views": [view], "tokens": [ids]} for view, ids in steps]
+    schedule = {"blocks": ["a", "b"], "events": [*events[:2], {"do": "drop", "block": "a"}, *events[2:]]}
+    weights = trace.attention_of(9, schedule, tiny)
+    assert weights.shape[2] == 10
+    assert (weights[..., :3] == 0).all()
+    assert (weights[..., 3:] > 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def test_a_run_with_a_page_is_the_same_run(tmp_path):
@@ -256,7 +322,10 @@ def test_a_run_with_a_page_is_the_same_run(tmp_path):
     assert len(read_schedule(tmp_path / "b.json", 10**6)["events"]) >= 42
 
 
-@pytest.mark.parametrize("layout", ["combined", "contiguous", "interleaved", "independent"])
+@pytest.mark.parametrize(
+    "layout",
+    ["combined", *(pytest.param(layout, marks=slow) for layout in ("contiguous", "interleaved", "independent"))],
+)
 def test_attention_of_a_token_is_the_oracles(tiny, tmp_path, layout):
     sampling = Sampling(temperature=1.5)
     traced = Traced(tmp_path / "run.html", tiny, "Hi", workers=3, layout=layout, max_steps=12, sampling=sampling)
@@ -264,6 +333,26 @@ def test_attention_of_a_token_is_the_oracles(tiny, tmp_path, layout):
     for number in (0, traced.first, traced.first + 1, len(traced.ids) // 2, len(traced.ids) - 1):
         ours = trace.attention_of(number, traced.schedule, tiny)
         torch.testing.assert_close(ours, traced.attention[number], rtol=0, atol=1e-9)
+
+
+@examples(15)
+@given(schedule=schedules(), data=st.data())
+def test_attention_of_any_token_of_any_schedule_is_the_oracles(schedule, data):
+    """Whatever the views, and also where blocks move or are dropped."""
+    blocks, events = schedule
+    model = model_of_nobody()
+    reader = Reader(model, blocks)
+    expected = []
+    for event in events:
+        if event["do"] == "move":
+            reader.move(event["from"], event["to"])
+        elif event["do"] == "drop":
+            reader.drop(event["block"])
+        else:
+            expected += reader.look(event["views"], event["tokens"])
+    number = data.draw(st.integers(0, len(expected) - 1))
+    ours = trace.attention_of(number, {"blocks": blocks, "events": events}, model)
+    torch.testing.assert_close(ours, expected[number], rtol=0, atol=1e-9)
 
 
 def test_attention_of_a_token_that_has_moved_and_of_what_has(model, duet):
@@ -293,14 +382,14 @@ def test_the_page_holds_what_the_oracle_computes(duet, visit):
     assert number == len(duet.ids) - 1
 
 
+@slow
 @BROWSER
 def test_numbers_beyond_two_bytes(tiny, tmp_path, browser, monkeypatch):
-    def late(self, *given):
-        begin(self, *given)
-        self.count, self.before = self.count + 70000, self.before + 70000
+    def of_a_long_run(tokens: Tensor, *others: Tensor) -> trace.KeptStep:
+        return kept(tokens + 70000, *others)
 
-    begin = trace.Record.__init__
-    monkeypatch.setattr(trace.Record, "__init__", late)
+    kept = trace.KeptStep
+    monkeypatch.setattr(trace, "KeptStep", of_a_long_run)
     traced = Traced(tmp_path / "run.html", tiny, "Hi", max_steps=6, sampling=Sampling(temperature=1.5))
     traced.look()
     page = browser.new_page()
@@ -312,6 +401,7 @@ def test_numbers_beyond_two_bytes(tiny, tmp_path, browser, monkeypatch):
     assert_is(listed, found["rest"], traced.attention[-1].mean((0, 1)))
 
 
+@slow
 @BROWSER
 @pytest.mark.parametrize("most", [600, 20])
 def test_where_there_are_many_lists_averages_are_kept(tiny, tmp_path, visit, monkeypatch, most):
@@ -330,16 +420,18 @@ def test_where_there_are_many_lists_averages_are_kept(tiny, tmp_path, visit, mon
     assert "average" in page.locator("#kept").text_content()
 
 
-def test_a_page_of_500_steps_is_small(model, tmp_path):
+@pytest.mark.parametrize("steps", [60, pytest.param(500, marks=slow)])
+def test_a_page_is_small(model, tmp_path, steps):
     endless = replace(model, eos=frozenset())
-    traced = Traced(tmp_path / "run.html", endless, prompts_of(DUET).problem, workers=4, max_steps=500)
-    assert len(traced.digests) >= 500
-    assert traced.path.stat().st_size < 2e6
+    traced = Traced(tmp_path / "run.html", endless, prompts_of(DUET).problem, workers=4, max_steps=steps)
+    assert len(traced.digests) >= steps
+    assert traced.path.stat().st_size < 100e3 + 4e3 * steps
 
 
 # ---- what one sees
 
 
+@slow
 @BROWSER
 def test_each_workers_view_at_each_step(duet, visit):
     page, read = visit(duet.path), duet.model.tokenizer.decode
@@ -368,6 +460,7 @@ def test_each_workers_view_at_each_step(duet, visit):
         })""")
 
 
+@slow
 @BROWSER
 def test_texts_beyond_ascii_and_special_tokens(tiny, tmp_path, visit):
     """Each byte is a token: all but a character's last have no text, and only special tokens are called by a name."""
@@ -382,9 +475,10 @@ def test_texts_beyond_ascii_and_special_tokens(tiny, tmp_path, visit):
         text = element.text_content().replace("↵", "").replace("\n", "")
         assert text.count("◌") == sum(len(c.encode()) - 1 for c in tokenizer.decode(ids))
         assert text.replace("◌", "") == tokenizer.decode(ids).replace("\n", "")
-    assert trace.read(Stream(tokenizer, []), *tiny.eos) == END
+    assert trace.read_token(TextStream(tokenizer, []), *tiny.eos) == END
 
 
+@slow
 @BROWSER
 def test_a_token_keeps_its_writers_colour(duet, visit):
     page = visit(duet.path)
@@ -467,6 +561,7 @@ def alpha(element: Locator) -> float:
     return float(re.search(r"rgba\(.*, ([\d.]+)\)", colour)[1])
 
 
+@slow
 @BROWSER
 def test_without_a_choice_each_view_glows_for_its_workers_newest_token(duet, visit):
     page = visit(duet.path)
@@ -479,6 +574,7 @@ def test_without_a_choice_each_view_glows_for_its_workers_newest_token(duet, vis
     assert_is(*told(page), duet.attention[duet.steps[40]["fed"][0]].mean((0, 1)), rounded=0.0005)
 
 
+@slow
 @BROWSER
 def test_a_click_holds_a_token_and_the_list_leads_on(duet, visit):
     page = visit(duet.path)
@@ -509,6 +605,7 @@ def test_a_click_holds_a_token_and_the_list_leads_on(duet, visit):
     assert page.locator(".reads").first.get_attribute("data-n") != to
 
 
+@slow
 @BROWSER
 @pytest.mark.parametrize("whole", [False, True])
 def test_mass_from_worker_to_worker(duet, visit, whole):
@@ -554,6 +651,7 @@ def test_mass_from_worker_to_worker(duet, visit, whole):
             low = high
 
 
+@slow
 @BROWSER
 def test_a_paragraph_that_would_begin_after_the_last_step(model, tmp_path, visit):
     page = visit(Traced(tmp_path / "run.html", model, prompts_of(DUET).problem, max_steps=17).path)
@@ -562,14 +660,14 @@ def test_a_paragraph_that_would_begin_after_the_last_step(model, tmp_path, visit
     assert mark.evaluate("mark => [mark.style.left, mark.style.width]") == ["100%", "0%"]
 
 
+@slow
 @BROWSER
 def test_the_timeline(duet, visit):
     page, step, expected = visit(duet.path), 0, []
     for event in duet.events:
-        step += event["do"] == "step" and event["views"][-1][-1] in duet.workers
+        step += event["do"] == "step" and event["views"][-1][-1] in duet.names
         if event["do"] != "step":
-            who = event.get("worker") or event["from"]
-            expected.append((event["do"], min(step + (event["do"] == "begin"), LAST), who))
+            expected.append((event["do"], min(step + (event["do"] == "begin"), LAST), event["worker"]))
     marks = []
     for mark in page.locator("#lanes button").all():
         number, who = re.match(r"step (\d+): (\w+)", mark.get_attribute("aria-label")).groups()
@@ -589,6 +687,7 @@ def test_the_timeline(duet, visit):
     assert page.locator("#step").text_content() == f"step {LAST // 2} of {LAST}"
 
 
+@slow
 @BROWSER
 def test_keys(duet, visit):
     page = visit(duet.path)
@@ -648,6 +747,7 @@ def test_keys(duet, visit):
     assert step.text_content() == f"step {LAST} of {LAST}"
 
 
+@slow
 @BROWSER
 def test_play(duet, visit):
     page = visit(duet.path)
@@ -664,6 +764,7 @@ def test_play(duet, visit):
     assert page.get_by_role("button", name="play").is_visible()
 
 
+@slow
 @BROWSER
 def test_a_phone(duet, visit):
     page = visit(
@@ -707,6 +808,7 @@ def contrast(page: Page, selector: str) -> float:
     )
 
 
+@slow
 @BROWSER
 def test_light_and_dark(duet, visit):
     backgrounds = set()
@@ -736,7 +838,7 @@ HOSTILE = [
 @BROWSER
 def test_what_is_written_does_no_harm(model, tmp_path, visit, monkeypatch):
     texts = iter(HOSTILE * 1000)
-    monkeypatch.setattr(trace, "read", lambda *_: next(texts))
+    monkeypatch.setattr(trace, "read_token", lambda *_: next(texts))
     names = ("</script><img src=x onerror=alert(1)>", "__proto__ & \"quoted\" 'too'")
     words = replace(prompts_of(DUET), names=names)
     model = replace(model, name="<script>alert(1)</script>", eos=frozenset())
@@ -755,6 +857,7 @@ def test_what_is_written_does_no_harm(model, tmp_path, visit, monkeypatch):
     assert "<script>alert(1)</script>" in page.locator("#facts").text_content()
 
 
+@slow
 @BROWSER
 @pytest.mark.parametrize("options", [{"workers": 1}, {"layout": "independent"}, {"layout": "contiguous", "workers": 8}])
 def test_other_runs(tiny, tmp_path, visit, options):
@@ -770,27 +873,29 @@ def test_other_runs(tiny, tmp_path, visit, options):
     assert int(page.locator("#step").text_content().split()[-1]) > 5 * bool(finishers)
 
 
+@slow
 @BROWSER
-def test_a_run_to_its_end(tiny, tmp_path, visit):
+def test_a_run_to_its_end(tmp_path, visit):
     """Bob retires, Alice is stopped; then a finisher writes, which no event lets begin. No name does harm."""
     names = ("constructor", "__proto__", "toString")
     words = replace(Prompts(), names=names, together="{names}: {problem} \\boxed", cue="So: \\boxed{")
-    run = Traced(tmp_path / "run.html", tiny, "Hi", workers=3, layout="contiguous", max_steps=8, prompts=words)
+    folder = tmp_path / "secret" / "tiny"
+    folder.mkdir(parents=True)
+    own = load(save_model(folder), device="cpu")
+    run = Traced(tmp_path / "run.html", own, "Hi", workers=3, layout="contiguous", max_steps=8, prompts=words)
     steps = [event for event in run.events if event["do"] == "step"][2:]
     at = next(n for n, event in enumerate(run.events) if event is steps[4])
     early = [*run.events[: at + 1], {"do": "retire", "worker": names[1]}]
     for event in steps[5:]:  # without him
-        keep = [w for w, view in enumerate(event["views"]) if view[-1] != names[1]]
+        keep = [w for w, view in enumerate(event["views"]) if view[-1] != block_of(names[1])]
         early.append({"do": "step", **{key: [event[key][w] for w in keep] for key in ("views", "tokens")}})
-    about = {"layout": "contiguous", "tokens": 1, "seed": 0, "stopped_by": "steps", "answer": None}
-    about |= {"model": str(tmp_path / "secret" / "org" / "tiny"), "text": "secret"}
-    run.path.write_bytes(trace.page(run.blocks, early, tiny, about))
+    run.write(early, text="secret")
     page, last = visit(run.path), len(steps)
-    assert page.locator("#facts").text_content().startswith(f"org/tiny · {', '.join(names)}, ")
+    assert page.locator("#facts").text_content().startswith(f"tiny · {', '.join(names)}, ")
     data = page.evaluate("JSON.stringify([about, events])")
     assert "secret" not in data
     assert "tokens" not in page.evaluate("Object.keys(events.at(-1))")
-    finisher = run.blocks[-1]
+    finisher = run.names[run.blocks[-1]]
     ends = {names[0]: 9, names[1]: 5, names[2]: 9, finisher: last}  # the finisher's first step feeds what was sampled
     begins = dict.fromkeys(names, 1) | {finisher: 9}
     for who, begin in begins.items():
@@ -804,16 +909,73 @@ def test_a_run_to_its_end(tiny, tmp_path, visit):
         assert "retired" not in pane(page, names[0]).text_content()
     place = "([n, reader]) => where(n, reader)"
     token_of = "([who, step]) => writes[who].find(n => step_of[n] === step)"
-    bob = page.evaluate(token_of, [names[1], 2])
+    bob = page.evaluate(token_of, [block_of(names[1]), 2])
     for step, expected in ((5, "writing at that moment"), (6, "unfinished paragraph")):
-        assert page.evaluate(place, [bob, page.evaluate(token_of, [names[0], step])]) == expected
+        assert page.evaluate(place, [bob, page.evaluate(token_of, [block_of(names[0]), step])]) == expected
     colours = page.locator(".pane header button").evaluate_all("all => all.map(t => getComputedStyle(t).color)")
     assert len(set(colours)) == 4
     assert colours[3] == page.evaluate("getComputedStyle(document.body).color")
-    run.path.write_bytes(trace.page(run.blocks, early[:2], tiny, about))  # before anyone began
+    run.write(early[:2])  # before anyone began
     assert visit(run.path).locator(".pane").count() == 0
 
 
+@BROWSER
+def test_workers_may_be_called_like_blocks(model, tmp_path, visit):
+    names = (COMMON, HEADER_OTHERS, "finisher")
+    words = replace(prompts_of(DUET), names=names)
+    path = tmp_path / "run.html"
+    run = Traced(path, model, prompts_of(DUET).problem, workers=3, max_steps=60, prompts=words)
+    blocks = {move["from"] for move in run.events if move["do"] == "move"}
+    assert blocks >= {block_of(COMMON)}
+    page = visit(path)
+    page.keyboard.press("End")
+    assert page.locator(".pane > header button").all_text_contents() == [f"{name}'s view" for name in names]
+    assert page.locator("#lanes .steps > span.by").all_text_contents() == [*names]
+    assert [row.text_content() for row in page.locator("#matrix tbody th").all()] == [*names]
+    assert f"· {', '.join(names)} ·" in page.locator("#facts").text_content()
+    for number, own in enumerate(names):
+        others = [name for name in names if name != own]
+        shown = page.locator(".pane").nth(number).locator(".block header span:first-child")
+        titles = ["common: prompt and history", HEADER_OTHERS, *others, "header own", f"{own}, own"]
+        assert shown.all_text_contents() == titles
+    # A token of the worker "common" that has moved to the history, beside one of the prompt
+    number = page.evaluate("block => writes[block].find(n => n >= recorded)", block_of(COMMON))
+    element = page.locator(f'.pane .common .t[data-n="{number}"]').first
+    element.hover()
+    assert page.locator("#who h2 b").text_content() == COMMON
+    colour = "element => getComputedStyle(element).color"
+    by_name = page.locator(".pane header button").first.evaluate(colour)
+    page.evaluate("followed = null; for (const pane of Object.values(panes)) glow(pane)")
+    assert element.evaluate(colour) == by_name
+    assert page.locator('.pane .common .t[data-n="0"]').first.evaluate(colour) != by_name
+    places = page.locator("#strongest .where").all_text_contents()
+    assert {"prompt", f"{COMMON}, own paragraph"} >= {*places} - {f"{name}, writing at that moment" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "shown"),
+    [
+        ("/home/me/models/tiny", "/home/me/models/tiny", "tiny"),
+        ("/home/me/models/tiny/", "/home/me/models/tiny", "tiny"),
+        ("models/tiny", "models/tiny", "tiny"),
+        ("../tiny", "../tiny", "tiny"),
+        ("~/tiny", "~/tiny", "tiny"),
+        ("owner/tiny", "/cache/models--owner--tiny/snapshots/0123", "owner/tiny"),
+        ("gpt2", "/cache/models--gpt2/snapshots/0123", "gpt2"),
+    ],
+)
+def test_the_page_says_of_a_models_folder_not_whose_it_is(tiny, name, folder, shown):
+    found = replace(tiny, name=name, folder=Path(folder).expanduser())
+    assert trace.name_to_show(found) == shown
+
+
+def test_a_folder_that_is_given_as_a_dot_has_a_name(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert trace.name_to_show(replace(tiny, name=".", folder=Path())) == "mine"
+
+
+@slow
 @BROWSER
 def test_sixteen_workers_have_colours_of_their_own(tiny, tmp_path, visit):
     words = replace(Prompts(), names=tuple("ABCDEFGHIJKLMNOP"))
@@ -828,10 +990,11 @@ def test_sixteen_workers_have_colours_of_their_own(tiny, tmp_path, visit):
 # ---- the command
 
 
+@slow
 @BROWSER
 @pytest.mark.parametrize("steps", [0, 1, 30])  # that the workers have made
 def test_an_interrupt_leaves_a_page(tmp_path, monkeypatch, visit, capsys, steps):
-    made, step = [], generate.step
+    made, step = [], workers.step
 
     def interrupted(*given):
         made.append(1)
@@ -839,7 +1002,7 @@ def test_an_interrupt_leaves_a_page(tmp_path, monkeypatch, visit, capsys, steps)
             raise KeyboardInterrupt
         return step(*given)
 
-    monkeypatch.setattr(generate, "step", interrupted)
+    monkeypatch.setattr(workers, "step", interrupted)
     path = tmp_path / "run.html"
     assert main(["--device", "cpu", "--trace", str(path)]) == 130
     assert "Traceback" not in "".join(capsys.readouterr())
@@ -849,15 +1012,17 @@ def test_an_interrupt_leaves_a_page(tmp_path, monkeypatch, visit, capsys, steps)
     assert "stopped by interrupt" in page.locator("#facts").text_content()
 
 
-def test_an_interrupt_while_the_page_is_made_leaves_none(tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+def test_an_interrupt_while_the_page_is_made_cuts_nothing_off(tmp_path, monkeypatch):
+    def interrupted(*given, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return replay(*given, **options)
 
     monkeypatch.setattr(trace, "replay", interrupted)
     path = tmp_path / "run.html"
     arguments = ["--max-steps", 2, "--device", "cpu", "--trace", path, "--json", tmp_path / "a.json"]
-    assert main([*map(str, arguments)]) == 130
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert main([*map(str, arguments)]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "run.html"]
+    assert path.read_bytes().endswith(b"</html>\n")
     assert json.loads((tmp_path / "a.json").read_text())["forward_steps"] == 2
 
 
@@ -886,8 +1051,3 @@ def test_what_can_not_be_written_is_refused_before_the_work(tmp_path, monkeypatc
     assert re.fullmatch(r"minihogwild: .*(--trace|--json|--record).*\n", err)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.json", "model", "words.json", "x"]
     assert (tmp_path / "words.json").read_text() == (tmp_path / "model/config.json").read_text() == "{}"
-
-
-def test_the_engine_knows_nothing_of_it():
-    code = "import sys, minihogwild.generate; sys.exit('minihogwild.trace' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -108,6 +108,9 @@ CASES = {
         rope_parameters=yarn(),
     ),
 }
+# Each family, and each rope type, once; what differs from these in one key alone is slow
+FAST = ["llama", "llama tied", "llama linear", "llama llama3", "llama yarn all", "qwen2", "qwen3 tied yarn", "mistral"]
+FAST += ["qwen3_moe every second layer, tied yarn"]
 
 
 @dataclass
@@ -133,7 +136,9 @@ class ExactAngles(nn.Module):
         return (angles.cos() * m).to(x.dtype), (angles.sin() * m).to(x.dtype)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def pair(request, tmp_path_factory) -> Pair:
     theirs = random_model(CASES[request.param], seed=list(CASES).index(request.param))
     folder = tmp_path_factory.mktemp("model")

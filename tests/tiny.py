@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from util import fill_at_random
 
 from minihogwild import Model, load
-from minihogwild.load import empty_weights, parse_config
+from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.config_json import parse_config
 
 END = "<|end|>"  # end-of-sequence, as text
 
@@ -29,6 +31,7 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     vocab_size = save_tokenizer(folder)
     settings = {
         "model_type": "llama",
@@ -46,16 +49,9 @@ def save_model(folder: Path, context: int = 4096, seed: int = 0) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(settings))
     config = parse_config(settings)
-    _, table = empty_weights(config, torch.float64, "cpu")
-    random = torch.Generator().manual_seed(seed)
-    for name, tensor in table.items():
-        drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
-        if name.endswith("norm.weight"):
-            drawn = 1 + 0.2 * drawn
-        elif name != "model.embed_tokens.weight":  # large: what a token sees must matter
-            drawn *= (4.0 if "q_proj" in name or "k_proj" in name else 2.0) / tensor.shape[1] ** 0.5
-        tensor.copy_(drawn)
-    save_file({name: tensor.contiguous() for name, tensor in table.items()}, folder / "model.safetensors")
+    _, places = empty_weights(config, torch.float64, "cpu")
+    fill_at_random(places, seed)
+    save_file({name: tensor.contiguous() for name, tensor in places.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -65,4 +61,7 @@ def load_model(folder: Path, **options) -> Model:
 
 def ids_of(model: Model, *pieces: str) -> list[int]:
     """Token ids of pieces of text, each encoded on its own; END is end-of-sequence."""
-    return [i for piece in pieces for i in (sorted(model.eos) if piece == END else model.tokenizer.encode(piece))]
+    ids = []
+    for piece in pieces:
+        ids += sorted(model.eos) if piece == END else model.tokenizer.encode(piece)
+    return ids

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minihogwild import Cache, Config, Weights, forward
-from minihogwild.config import Layer, Rope
-from minihogwild.load import empty_weights
+from minihogwild import Cache, Config, Layer, LayerKind, Rope, Weights
+from minihogwild import step as engine_step
+from minihogwild.backend import PyTorchBackend
+from minihogwild.cache import PAGE
+from minihogwild.hub.checkpoint import empty_weights
 from minihogwild.oracle import Oracle
 
 V = 61
@@ -37,13 +40,19 @@ ROPES = {
 
 
 def config(
-    rope: str = "default", heads: int = 4, kv_heads: int = 2, head_dim: int = 8, layers: int = 2, **experts
+    rope: str = "default",
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    layers: int = 2,
+    kinds: tuple[LayerKind, ...] | None = None,
+    **experts,
 ) -> Config:
+    """A small shape; `kinds` gives the layers one by one, else there are `layers` plain ones."""
     return Config(
         vocab_size=V,
         hidden_size=20,
         intermediate_size=28,
-        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -51,18 +60,23 @@ def config(
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         rope=ROPES[rope],
+        layer_kinds=(LayerKind(),) * layers if kinds is None else kinds,
         **experts,
     )
 
 
+# Of the layers of one model: with and without rotation, with one MLP or with experts
+layer_kinds = st.lists(st.builds(LayerKind, rope=st.booleans(), experts=st.booleans()), min_size=1, max_size=3)
+
+
 @st.composite
 def configs(draw) -> Config:
-    kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kv_heads = draw(st.integers(1, 3))
+    kinds = tuple(draw(layer_kinds))
     experts = {}
-    if draw(st.booleans()):
+    if any(kind.experts for kind in kinds):
         count = draw(st.integers(1, 5))
         experts = {
-            "sparse_layers": tuple(draw(st.sets(st.integers(0, layers - 1), min_size=1))),  # dense ones among them
             "num_experts": count,
             "num_experts_per_tok": draw(st.integers(1, count)),
             "moe_intermediate_size": draw(st.sampled_from([1, 9, 28])),
@@ -73,19 +87,25 @@ def configs(draw) -> Config:
         heads=kv_heads * draw(st.sampled_from([1, 2, 3, 5])),  # odd head counts among them
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 6, 8, 16])),
-        layers=layers,
+        kinds=kinds,
         **experts,
     )
-    return Config(**{**vars(shape), "tie_word_embeddings": draw(st.booleans())})
+    return replace(shape, tie_word_embeddings=draw(st.booleans()))
 
 
 def random_weights(
     config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, biases: bool = True, qk_norms: bool = False
 ) -> Weights:
     """Weights so large that attention is far from uniform, and what a token sees decides its logits."""
-    weights, parts = empty_weights(config, dtype, "cpu", biases, qk_norms)
+    weights, places = empty_weights(config, dtype, "cpu", biases, qk_norms)
+    fill_at_random(places, seed)
+    return weights
+
+
+def fill_at_random(places: dict[str, Tensor], seed: int = 0) -> None:
+    """Fill the tensors of a checkpoint, given by their names there."""
     random = torch.Generator().manual_seed(seed)
-    for name, tensor in parts.items():
+    for name, tensor in places.items():
         drawn = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
         if name.endswith("norm.weight"):
             drawn = 1 + 0.3 * drawn
@@ -93,7 +113,6 @@ def random_weights(
             gain = 4.0 if "q_proj" in name or "k_proj" in name else 2.0
             drawn *= gain / tensor.shape[1] ** 0.5
         tensor.copy_(drawn)
-    return weights
 
 
 class WatchedOracle(Oracle):
@@ -115,17 +134,22 @@ class WatchedOracle(Oracle):
 class Engine:
     """The engine under the oracle's interface."""
 
-    def __init__(self, config: Config, weights: Weights, blocks: list[str], static: bool = False):
-        self.config, self.weights = config, weights
-        self.cache = Cache(config, blocks, weights.embed.dtype, static=static)
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        blocks: list[str],
+        page_size: int = PAGE,
+        backend: PyTorchBackend | None = None,
+    ):
+        self.config = config
+        self.weights = weights
+        self.cache = Cache(config, blocks, weights.embed.dtype, backend=backend, page_size=page_size)
+        self.move = self.cache.move
+        self.drop = self.cache.drop
 
     def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
-        plan = self.cache.extend(views, [len(ids) for ids in tokens])
-        flat = torch.tensor([token for ids in tokens for token in ids])
-        return forward(flat, self.weights, self.config, self.cache, plan)
-
-    def move(self, source: str, target: str) -> None:
-        self.cache.move(source, target)
+        return engine_step(views, tokens, self.weights, self.config, self.cache)
 
 
 def run(machine: Engine | Oracle, events: list[dict]) -> Iterator[Tensor]:
@@ -133,6 +157,8 @@ def run(machine: Engine | Oracle, events: list[dict]) -> Iterator[Tensor]:
     for event in events:
         if event["do"] == "move":
             machine.move(event["from"], event["to"])
+        elif event["do"] == "drop":
+            machine.drop(event["block"])
         else:
             yield machine.step(event["views"], event["tokens"])
 
@@ -149,13 +175,16 @@ def tokens(count: int | st.SearchStrategy[int]) -> st.SearchStrategy[list[int]]:
 
 @st.composite
 def schedules(draw, max_events: int = 10) -> tuple[list[str], list[dict]]:
-    """(blocks, events): any workers with any views, ragged chunks, idle workers, moves between any blocks."""
+    """(blocks, events): any workers with any views, ragged chunks, idle workers, moves between any blocks, drops."""
     blocks = [f"block {n}" for n in range(draw(st.integers(1, 6)))]
     events = [step(([blocks[0]], draw(tokens(st.integers(1, 20)))))]
     for _ in range(draw(st.integers(1, max_events))):
         if len(blocks) > 1 and draw(st.integers(0, 3)) == 0:
             source, target = draw(st.permutations(blocks))[:2]
             events.append({"do": "move", "from": source, "to": target})
+            continue
+        if draw(st.integers(0, 7)) == 0:
+            events.append({"do": "drop", "block": draw(st.sampled_from(blocks))})
             continue
         owns = draw(st.lists(st.sampled_from(blocks), min_size=1, max_size=4, unique=True))
         workers = []

@@ -18,13 +18,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from minihogwild import load
-from minihogwild.attention import append, look
-from minihogwild.cache import PAGE, Cache
-from minihogwild.load import empty_weights, parse_config
+from minihogwild.attention import append, positions_of
+from minihogwild.cache import Cache
+from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.config_json import parse_config
 from minihogwild.oracle import Oracle
 from minihogwild.replay import main as replay
 from minihogwild.replay import schedule_json
-from minihogwild.rope import rotate
+from minihogwild.rope import attention_scale, rotate
 
 V = 64
 SHAPE = {
@@ -146,12 +147,11 @@ def together(script: Script) -> None:
 
 def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
     """All of the first layer's attention, in the first step after a move where one of several workers feeds several."""
-    model = load(folder, "float64", "cpu")
-    config, layer = model.config, model.weights.layers[0]
-    oracle = Oracle(config, model.weights, schedule["blocks"])
-    cache = Cache(config, schedule["blocks"], torch.float64)
+    model = load(folder, "float64", "cpu", with_tokenizer=False)
+    oracle = Oracle(model.config, model.weights, schedule["blocks"])
+    cache = Cache(model.config, schedule["blocks"], torch.float64)
     moved = False
-    for event in schedule["events"]:
+    for index, event in enumerate(schedule["events"]):
         if event["do"] == "move":
             oracle.move(event["from"], event["to"])
             cache.move(event["from"], event["to"])
@@ -159,40 +159,49 @@ def inside(folder: Path, schedule: dict) -> dict[str, Tensor]:
             continue
         views, tokens = event["views"], event["tokens"]
         counts = [len(ids) for ids in tokens]
-        plan = cache.extend(views, counts)
-        blocks = list(dict.fromkeys(block for view in views for block in view))
-        x = model.weights.embed[torch.tensor([token for ids in tokens for token in ids])]
-        q, k, v = oracle.project(x, layer)
-        sight = look(plan, cache.frequencies, PAGE, torch.float64)
-        append(cache.keys[0], cache.values[0], k, v, plan, sight)
+        found = {"event": torch.tensor(index), **first_attention(views, tokens, oracle, cache)}
         oracle.step(views, tokens)
         if moved and len(views) > 1 and max(counts) > 1:
-            break
+            return {name: tensor.contiguous() for name, tensor in found.items()}
+    raise AssertionError("the schedule has no such step")
+
+
+def first_attention(views: list[list[str]], tokens: list[list[int]], oracle: Oracle, cache: Cache) -> dict[str, Tensor]:
+    """Write a step to the cache's first layer, and give all that its attention computes, each under a name.
+
+    Unrotated queries, keys and values are the oracle's; what follows is said here anew, block by block.
+    """
+    config, kv = cache.config, cache.layers[0]
+    plan = cache.extend(views, [len(ids) for ids in tokens])
+    x = oracle.embed[torch.tensor([token for ids in tokens for token in ids])]
+    q, k, v = oracle.project(x, oracle.layers[0])
+    frequencies = cache.frequencies[config.layer_kinds[0]]
+    positions = positions_of(plan, frequencies, None, torch.float64)
+    append(kv, k, v, positions)
+
     T, H, D = q.shape
     K = config.num_key_value_heads
-    found = {
-        "event": torch.tensor(schedule["events"].index(event)),
-        "q": q,
-        "k": k,
-        "v": v,
-        "offset": plan.offset,
-        "visible": plan.visible,
-    }
-    rotated = found["rotated_q"] = rotate(q[:, None], *sight.query)  # [T, B, H, D]
+    rotated_q = rotate(q[:, None], *positions.query_rotation)  # [T, B, H, D]
+    found = {"q": q, "k": k, "v": v, "offset": plan.offset, "visible": plan.visible, "rotated_q": rotated_q}
     scores, values = [], []
+    blocks = list(dict.fromkeys(block for view in views for block in view))
     for b, block in enumerate(blocks):
-        slots = cache._slots(block, 0, cache.lengths[block])
-        keys = found[f"keys.{block}"] = cache.keys[0][slots // PAGE, :, slots % PAGE]  # [N, K, D], as they are stored
-        values.append(cache.values[0][:, slots].transpose(0, 1))
-        found[f"values.{block}"] = values[-1]
-        score = cache.scale * torch.einsum("tkgd,nkd->tkgn", rotated[:, b].view(T, K, H // K, D), keys).flatten(1, 2)
-        hidden = torch.arange(len(keys)) >= plan.visible[:, b, None]
-        scores.append(score.masked_fill(hidden[:, None], -torch.inf))
+        N, pages = cache.lengths[block], cache.pages[block]
+        block_keys = kv.keys[pages].transpose(1, 2).flatten(0, 1)[:N]  # [N, K, D], as they are stored
+        block_values = kv.values.view(K, -1, cache.page_size, D)[:, pages].flatten(1, 2)[:, :N].transpose(0, 1)
+        q_by_group = rotated_q[:, b].view(T, K, H // K, D)
+        products = torch.einsum("tkgd,nkd->tkgn", q_by_group, block_keys).flatten(1, 2)  # [T, H, N]
+        not_visible = torch.arange(N) >= plan.visible[:, b, None]  # [T, N]
+        scaled = attention_scale(config) * products
+        scores.append(scaled.masked_fill(not_visible[:, None], -torch.inf))
+        values.append(block_values)
+        found[f"keys.{block}"] = block_keys
+        found[f"values.{block}"] = block_values
     found["scores"] = torch.cat(scores, -1)  # [T, H, N of all blocks]
     found["weights"] = found["scores"].softmax(-1)
-    weights = found["weights"].view(T, K, H // K, -1)
-    found["output"] = torch.einsum("tkgn,nkd->tkgd", weights, torch.cat(values)).flatten(1, 2)  # [T, H, D]
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    weights_by_group = found["weights"].view(T, K, H // K, -1)
+    found["output"] = torch.einsum("tkgn,nkd->tkgd", weights_by_group, torch.cat(values)).flatten(1, 2)  # [T, H, D]
+    return found
 
 
 def main() -> None:

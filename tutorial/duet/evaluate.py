@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from sheets import TAKEN, Encoder, Sheet, make_sheet, make_tokenizer, transcript
 
-from minihogwild import Sampling, load
-from minihogwild.generate import DUET, Run
+from minihogwild import Run, Sampling, load
+from minihogwild.generate import DUET
 from minihogwild.layouts import LAYOUTS
 from minihogwild.prompts import NAMES
 

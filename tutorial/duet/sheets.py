@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minihogwild.layouts import COMMON, LAYOUTS
+from minihogwild.layouts import COMMON, LAYOUTS, block_of
 from minihogwild.prompts import NAMES, Prompts, fill
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -38,6 +38,7 @@ PROMPTS = Prompts(
     prefix="**{name} [{number}]:** ",
     check="",
     boxed=False,
+    pace=15,  # steps a second that an eye can follow
 )
 # Each is one token, as is every byte
 WORDS = [
@@ -143,7 +144,7 @@ class Row:
     """One token of a transcript, with the two homes that it has: its own block, and later the common one."""
 
     token: int
-    block: str
+    block: str  # of a worker: `block_of(name)`
     index: int  # in its block
     step: int  # in which it is fed
     target: int = -100  # the token that is to be sampled from it; -100 for none
@@ -227,7 +228,7 @@ def transcript(
 ) -> tuple[list[Row], int]:
     """(every token that the workers of a run would feed, were they all experts; the number of forward steps)
 
-    Prompt and headers are fed in steps 0 and 1. The loop's rules are those of `minihogwild.generate`. After slips all
+    Prompt and headers are fed in steps 0 and 1. The loop's rules are those of `minihogwild.workers`. After slips all
     workers may wait for a line that nobody is at: then the transcript ends there.
     """
     rules, words = LAYOUTS[layout], PROMPTS
@@ -264,7 +265,7 @@ def transcript(
     while pending and not all(fed[-1].waits for fed in pending.values()):
         step += 1
         for name, fed in pending.items():
-            paragraphs[name] += feed(name, [word.token for word in fed], step, len(paragraphs[name]))
+            paragraphs[name] += feed(block_of(name), [word.token for word in fed], step, len(paragraphs[name]))
             board.named.update(word.names for word in fed if word.names)
             board.done.update(word.ends for word in fed if word.ends)
         for name in list(pending):

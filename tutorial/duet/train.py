@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from sheets import END, LATE, Encoder, Row, make_sheet, make_tokenizer, save_words, transcript
 from torch import Tensor
 
-from minihogwild.config import Config, Weights
-from minihogwild.layouts import COMMON, LAYOUTS
-from minihogwild.load import empty_weights, load, parse_config
+from minihogwild import Config, Weights, load
+from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.config_json import parse_config
+from minihogwild.layouts import COMMON, LAYOUTS, block_of
 from minihogwild.prompts import NAMES
+from minihogwild.weights import Dense
 
 DEFAULT_PROBLEM_SEED = 354  # of two workers one waits for the other
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # no two batches are of one size
@@ -64,7 +66,11 @@ ALIGN = 8  # rows: so that matrices are what the tensor cores like
 def views_of(layout: str, names: list[str]) -> dict[str, list[str]]:
     """What is seen by whoever writes to a block: headers see the prompt, and themselves."""
     views = {COMMON: [COMMON], **{header: [COMMON, header] for header in LAYOUTS[layout].headers}}
-    return views | {name: LAYOUTS[layout].view(name, [n for n in names if n != name]) for name in names}
+    blocks = [block_of(name) for name in names]
+    for own in blocks:
+        others = [block for block in blocks if block != own]
+        views[own] = LAYOUTS[layout].view(own, others)
+    return views
 
 
 def by_block(rows: list[Row], team: list[str], layout: str) -> dict[str, list[Row]]:
@@ -72,7 +78,9 @@ def by_block(rows: list[Row], team: list[str], layout: str) -> dict[str, list[Ro
     blocks = {block: [] for block in views_of(layout, team)}
     for row in rows:
         blocks[row.block].append(row)
-    return dict(sorted(blocks.items(), key=lambda item: len(item[1]) if item[0] in team else math.inf, reverse=True))
+    workers = sorted(map(block_of, team), key=lambda block: len(blocks[block]), reverse=True)
+    first = [block for block in blocks if block not in workers]
+    return {block: blocks[block] for block in first + workers}
 
 
 def arrange(transcripts: list[dict[str, list[Row]]]) -> tuple[list[int], list[list[Row]]]:
@@ -172,7 +180,8 @@ def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
 
     for layer in weights.layers:
-        q, k, v = F.linear(norm(x, layer.attn_norm), layer.qkv).unflatten(-1, (3 * H, D)).chunk(3, -2)  # [Z, T, H, D]
+        qkv = F.linear(norm(x, layer.attn_norm), layer.qkv.tensor)
+        q, k, v = qkv.unflatten(-1, (3 * H, D)).chunk(3, -2)  # [Z, T, H, D]
         queries = turn(q[:, :, None] / D**0.5, *to_row).permute(2, 0, 3, 1, 4).unbind()  # B times [Z, H, T, D]
         # Where they were written, a block's keys meet the queries that are rotated for it;
         keys = turn(k, *to_index).permute(0, 2, 3, 1).split(batch.sizes, -1)  # B times [Z, H, D, S]
@@ -183,10 +192,10 @@ def forward(batch: Batch, weights: Weights, config: Config) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # else softmax would be float32: twice the traffic
             attention = masked_softmax(torch.cat(scores, -1), mask)
             mixed = attention @ v.transpose(1, 2).to(attention.dtype)
-        x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer.out)
-        gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, layer.down)
-    return F.linear(norm(x, weights.norm), weights.head)
+        x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer.out.tensor)
+        gate, up = F.linear(norm(x, layer.mlp_norm), layer.gate_up.tensor).chunk(2, -1)
+        x = x + F.linear(F.silu(gate) * up, layer.down.tensor)
+    return F.linear(norm(x, weights.norm), weights.head.tensor)
 
 
 # ---- training
@@ -271,19 +280,22 @@ def initialise(config: Config, seed: int) -> Weights:
 
 def trainable(weights: Weights, device: str) -> Weights:
     for holder in (weights, *weights.layers):
-        for name, tensor in vars(holder).items():
-            if isinstance(tensor, Tensor):
-                setattr(holder, name, tensor.to(device).requires_grad_())
-    weights.head = weights.embed
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):
+                setattr(holder, name, value.to(device).requires_grad_())
+            elif isinstance(value, Dense):
+                setattr(holder, name, Dense(value.tensor.to(device).requires_grad_()))
+    weights.head = Dense(weights.embed)
     return weights
 
 
 def parameters(weights: Weights) -> list[Tensor]:
-    return [
-        weights.embed,
-        weights.norm,
-        *(t for layer in weights.layers for t in vars(layer).values() if t is not None),
-    ]
+    found = [weights.embed, weights.norm]  # the head is the embedding once more
+    for layer in weights.layers:
+        for value in vars(layer).values():
+            if value is not None:
+                found.append(value.tensor if isinstance(value, Dense) else value)
+    return found
 
 
 def save(weights: Weights, config: Config, folder: Path) -> None:

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import rich
 
-from minihogwild import load
-from minihogwild.generate import DUET, PACE, Printer, Run
-from minihogwild.live import Panes
+from minihogwild import Run, load
+from minihogwild.generate import DUET
 from minihogwild.prompts import prompts_of
+from minihogwild.show.lines import Lines
+from minihogwild.show.panes import Panes
 
 STEPS, WIDTH, HEIGHT = 196, 100, 31
+PACE = 15  # steps a second
 
 
 def main() -> None:
     rich.reconfigure(file=io.StringIO(), record=True, force_terminal=True, width=WIDTH, height=HEIGHT)
-    problem = prompts_of(DUET).problem
-    run = Run(load(DUET, device="cpu"), problem)
-    panes = Panes(Printer([worker.name for worker in run.workers]), problem, len(run.prompt))
+    run = Run(load(DUET, device="cpu"), prompts_of(DUET).problem)
+    panes = Panes(Lines([worker.name for worker in run.workers]), run)
     for event in run:
         panes.show(event)
         if event["do"] == "step":

@@ -6,9 +6,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from minihogwild import load
-from minihogwild.generate import DUET, Run
-from minihogwild.trace import attention_of, fed
+from minihogwild import Run, load
+from minihogwild.generate import DUET
+from minihogwild.layouts import block_of
+from minihogwild.show.trace import attention_of, fed
 
 HERE = Path(__file__).parent
 SHEET = "a = 646 + 784\nb = 3 + 1\nc = a + b"
@@ -18,11 +19,11 @@ def main() -> None:
     model = load(DUET, "float32", "cpu")
     run = Run(model, SHEET)
     events = [event for event in run if event["do"] in ("step", "move")]
-    schedule = {"blocks": [*run.cache.lengths], "events": events}
+    schedule = {"blocks": run.blocks, "events": events}
     writer, ids = zip(*((block, token) for block, tokens in fed(events) for token in tokens))
     words = [model.tokenizer.decode([token]).strip(" ").replace("\n", "↵") for token in ids]
 
-    alice, bob = ([n for n in range(len(ids)) if writer[n] == name] for name in ("Alice", "Bob"))
+    alice, bob = ([n for n in range(len(ids)) if writer[n] == block_of(name)] for name in ("Alice", "Bob"))
     line = alice[words_at(words, alice, "a") : words_at(words, alice, ".↵↵") + 1]  # a = 646 + 784: …, so a = 1430.
     start = words_at(words, bob, "c")
     reading = bob[start : start + words_at(words, bob[start:], "0") + 1]  # c = a + b = ……1430

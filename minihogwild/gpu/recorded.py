@@ -1,0 +1,99 @@
+"""Decode steps that are recorded once, as CUDA graphs, and played from then on: the host gives no kernel of its own.
+
+A recording reads and writes fixed places in memory. So what changes from step to step (token ids, the plan) is copied
+to the place that the recording reads, and the plan's tables are padded to one size, whatever the views hold.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import Plan
+from ..cache import Cache
+from ..config import Config
+from ..model import as_it_is
+from ..weights import Layer, Weights
+
+# Bytes of all layers; for a smaller model, compiling takes longer than it saves in a usual run
+COMPILE_FROM = 2**30
+
+
+@dataclass
+class Recording:
+    """A forward pass for one number of rows, and one size of the pool."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # [T]: what it reads
+    packed_plan: Tensor  # what it reads, too: see Plan.pack
+    logits: Tensor  # [W, V]: what it writes
+
+
+class RecordedSteps:
+    """All recordings for one cache. They end when its pool grows, since they point into it."""
+
+    def __init__(self):
+        self.cache: Cache | None = None
+        self.pages = 0
+        self.by_rows: dict[int, Recording] = {}
+
+    def play(
+        self, forward: Callable[..., Tensor], tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan
+    ) -> Tensor:
+        """`forward`, for a plan in which each worker feeds one token."""
+        pages = len(cache.page_owner)
+        if cache is not self.cache or pages != self.pages:
+            self.cache, self.pages, self.by_rows = cache, pages, {}
+        plan = plan.padded(blocks=len(cache.lengths), pages=pages)
+        rows = len(tokens)
+        if rows not in self.by_rows:
+            self.by_rows[rows] = record(forward, tokens, weights, config, cache, plan)
+        recording = self.by_rows[rows]
+        recording.tokens.copy_(tokens)
+        packed = torch.empty(plan.packed_size(), dtype=torch.int64, pin_memory=True)
+        plan.pack(packed)
+        recording.packed_plan.copy_(packed, non_blocking=True)
+        recording.graph.replay()
+        return recording.logits.clone()  # the next step writes its own to the same place
+
+
+def record(
+    forward: Callable[..., Tensor], tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan
+) -> Recording:
+    packed_plan = torch.empty(plan.packed_size(), dtype=torch.int64)
+    plan.pack(packed_plan)
+    packed_plan = packed_plan.to(cache.device)
+    plan = plan.unpack(packed_plan)
+    tokens = tokens.clone()
+    compiled = as_it_is
+    if sum(layer_bytes(layer) for layer in weights.layers) >= COMPILE_FROM:
+        compiled = compile_once
+        expect_any_number_of_pages(cache, plan)
+    # Once outside of the recording, which compiles. That both write the same keys and values changes nothing.
+    forward(tokens, weights, config, cache, plan, compiled)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = forward(tokens, weights, config, cache, plan, compiled)
+    return Recording(graph, tokens, packed_plan, logits)
+
+
+def layer_bytes(layer: Layer) -> int:
+    return sum(tensor.nbytes for tensor in vars(layer).values() if tensor is not None)
+
+
+def expect_any_number_of_pages(cache: Cache, plan: Plan) -> None:
+    """Tell the compiler that these sizes will change as the pool grows."""
+    for tensor in (plan.page_block, plan.page_start):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for kv in cache.layers:
+        torch._dynamo.maybe_mark_dynamic(kv.keys, 0)
+        torch._dynamo.maybe_mark_dynamic(kv.values, 1)
+
+
+@functools.cache
+def compile_once(function: Callable) -> Callable:
+    """One kernel for what lies between two products; made for one number of rows, and at most four more times."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, fullgraph=True)

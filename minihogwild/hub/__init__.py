@@ -1,0 +1,15 @@
+"""A model folder, or a hub repository, in; a `Model` out. What lies in the folder is checked, and never executed.
+
+loading.py          `load`: the way through all of this
+config_json.py      config.json and generation_config.json
+checkpoint.py       safetensors files, by one table of names
+tokenizer.py        text to token ids, and back
+chat_template.py    a prompt to a conversation, in a process of its own (render_template.py)
+progress.py         a progress bar, for what takes long
+"""
+
+from .loading import DTYPES, Model, fetch, load
+from .progress import Bar
+from .tokenizer import TextStream, Tokenizer
+
+__all__ = ["DTYPES", "Bar", "Model", "TextStream", "Tokenizer", "fetch", "load"]

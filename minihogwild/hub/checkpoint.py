@@ -1,0 +1,223 @@
+"""safetensors files to Weights: one table says which tensor of a checkpoint lies where.
+
+Each file is opened once, and each tensor is copied straight to its place: a matrix here may hold several tensors of the
+checkpoint, one below the other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..config import Config, LayerKind
+from ..errors import InputError, allocating, refusing, require
+from ..files import read_json
+from ..weights import Dense, Layer, Weights
+from .progress import Bar
+
+STORABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that can be weights
+MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
+
+
+# ---- which tensors there are
+
+
+def tensors_of_layer(config: Config, kind: LayerKind, biases: bool, qk_norms: bool) -> dict[str, dict[str, list[int]]]:
+    """For each field of Layer: the checkpoint's tensors that lie there one below the other, with their shapes."""
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    fields = {
+        "attn_norm": {"input_layernorm.weight": [E]},
+        "qkv": {
+            "self_attn.q_proj.weight": [H * D, E],
+            "self_attn.k_proj.weight": [K * D, E],
+            "self_attn.v_proj.weight": [K * D, E],
+        },
+        "out": {"self_attn.o_proj.weight": [E, H * D]},
+        "mlp_norm": {"post_attention_layernorm.weight": [E]},
+        "gate_up": {
+            "mlp.gate_proj.weight": [F, E],
+            "mlp.up_proj.weight": [F, E],
+        },
+        "down": {"mlp.down_proj.weight": [E, F]},
+    }
+    if biases:
+        fields["qkv_bias"] = {
+            "self_attn.q_proj.bias": [H * D],
+            "self_attn.k_proj.bias": [K * D],
+            "self_attn.v_proj.bias": [K * D],
+        }
+    if qk_norms:
+        fields["q_norm"] = {"self_attn.q_norm.weight": [D]}
+        fields["k_norm"] = {"self_attn.k_norm.weight": [D]}
+    if kind.experts:
+        fields.update(tensors_of_experts(config))
+    return fields
+
+
+def tensors_of_experts(config: Config) -> dict[str, dict[str, list[int]]]:
+    """The same for a layer's router and its experts, which lie one below the other."""
+    E, F, X = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    fields = {"router": {"mlp.gate.weight": [X, E]}, "gate_up": {}, "down": {}}
+    for expert in range(X):
+        fields["gate_up"][f"mlp.experts.{expert}.gate_proj.weight"] = [F, E]
+        fields["gate_up"][f"mlp.experts.{expert}.up_proj.weight"] = [F, E]
+        fields["down"][f"mlp.experts.{expert}.down_proj.weight"] = [E, F]
+    return fields
+
+
+def empty_weights(
+    config: Config, dtype: torch.dtype, device: torch.device | str, biases: bool = False, qk_norms: bool = False
+) -> tuple[Weights, dict[str, Tensor]]:
+    """Weights of the right shapes, not filled; and what fills them: each tensor of a checkpoint, by its name there.
+
+    On device "meta" they take no memory.
+    """
+    places: dict[str, Tensor] = {}
+
+    def allocate(shapes: dict[str, list[int]], prefix: str) -> Tensor:
+        """One tensor for all of these; the place of each in it is noted under its name, which begins with `prefix`."""
+        rows = [shape[0] for shape in shapes.values()]
+        _, *columns = next(iter(shapes.values()))  # the same for all; none, where they are vectors
+        whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
+        for name, part in zip(shapes, whole.split(rows)):
+            places[prefix + name] = part
+        return whole
+
+    def allocate_layer(number: int, kind: LayerKind) -> Layer:
+        fields = {}
+        for field, shapes in tensors_of_layer(config, kind, biases, qk_norms).items():
+            tensor = allocate(shapes, f"model.layers.{number}.")
+            if kind.experts and field in ("gate_up", "down"):
+                tensor = tensor.unflatten(0, (config.num_experts, -1))  # [X, rows of one expert, columns]
+            fields[field] = Dense(tensor) if field in MATRICES else tensor
+        return Layer(**fields)
+
+    V, E = config.vocab_size, config.hidden_size
+    embed = allocate({"embed_tokens.weight": [V, E]}, "model.")
+    norm = allocate({"norm.weight": [E]}, "model.")
+    head = embed if config.tie_word_embeddings else allocate({"lm_head.weight": [V, E]}, "")
+    layers = [allocate_layer(number, kind) for number, kind in enumerate(config.layer_kinds)]
+    return Weights(embed, layers, norm, Dense(head)), places
+
+
+# ---- reading them
+
+
+@dataclass
+class Stored:
+    """A tensor of the checkpoint, that has not been read yet."""
+
+    name: str
+    path: Path
+    file: safe_open  # that path, opened
+    shape: list[int]
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.name)
+
+
+def load_weights(
+    folder: Path,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    model: str = "the model",
+) -> Weights:
+    """Fill Weights from a folder's safetensors. `model` is its name, for messages.
+
+    Raises InputError, by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
+    """
+    stored = find_tensors(folder)
+    # Llama 2's saved rotary frequencies are no parameters; nor is the head that a tied model shares with its embedding.
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+    shared_head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+
+    biases = any(name.endswith("q_proj.bias") for name in stored)
+    qk_norms = any(name.endswith("q_norm.weight") for name in stored)
+    require_most_layers(config, stored)
+    _, expected = empty_weights(config, dtype, "meta", biases, qk_norms)
+    require_the_same_tensors(expected, stored)
+
+    nbytes = sum(tensor.nbytes for tensor in expected.values())
+    dtype_name = str(dtype).removeprefix("torch.")
+    with allocating(nbytes, f"{model}'s weights in {dtype_name}", device):
+        weights, places = empty_weights(config, dtype, device, biases, qk_norms)
+    for name, tensor in Bar(stored.items(), desc="loading"):
+        places[name].copy_(tensor.read())  # so one tensor at a time is held twice, and no more
+    if shared_head is not None:
+        head = shared_head.read().to(weights.embed)
+        same = torch.equal(head, weights.embed)
+        require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
+    return weights
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's safetensors files, by name."""
+    stored: dict[str, Stored] = {}
+    for path in safetensors_files(folder):
+        for tensor in open_file(path):
+            if tensor.name in stored:
+                other = stored[tensor.name].path
+                raise InputError(f"{path.name}: tensor {tensor.name} stands in {other.name} too")
+            stored[tensor.name] = tensor
+    return stored
+
+
+def open_file(path: Path) -> list[Stored]:
+    """The tensors of one safetensors file, of which its header alone has been read."""
+    tensors = []
+    with refusing(f"{path} cannot be read"):
+        file = safe_open(path, framework="pt")
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            entry = file.get_slice(name)
+            dtype = entry.get_dtype()
+            require(dtype in STORABLE, f"{name} is {dtype}, none of {', '.join(STORABLE)}")
+            tensors.append(Stored(name, path, file, entry.get_shape()))
+    return tensors
+
+
+def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
+    """A few numbers in config.json can claim any number of tensors: a checkpoint so incomplete is not gone through."""
+    sparse_layers = sum(kind.experts for kind in config.layer_kinds)
+    claimed = config.num_hidden_layers + sparse_layers * config.num_experts
+    found = len(stored)
+    require(claimed < found + 1000, f"the checkpoint lacks most of config.json's layers: {found} tensors")
+
+
+def require_the_same_tensors(expected: dict[str, Tensor], stored: dict[str, Stored]) -> None:
+    missing = expected.keys() - stored.keys()
+    require(not missing, f"the checkpoint lacks {name_some(missing)}")
+    unknown = stored.keys() - expected.keys()
+    require(not unknown, f"the checkpoint has tensors that this architecture does not know: {name_some(unknown)}")
+    for name, tensor in stored.items():
+        right = list(expected[name].shape)
+        require(tensor.shape == right, f"{tensor.path.name}: {name} has shape {tensor.shape}, not {right}")
+
+
+def name_some(names: set[str]) -> str:
+    """The first three, in order, and how many more there are."""
+    first = ", ".join(sorted(names)[:3])
+    more = len(names) - 3
+    return f"{first} and {more} more" if more > 0 else first
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The one file, or those that the index names: files of this folder, wherever the folder comes from."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    with refusing(index):
+        file_of_tensor = read_json(index).get("weight_map", {})
+        names = set(file_of_tensor.values())
+        outside = {name for name in names if not is_safetensors_name(name)}
+        require(not outside, f"{name_some(outside)} must be a safetensors file's name, in the same folder")
+        return [folder / name for name in sorted(names)]
+
+
+def is_safetensors_name(name: str) -> bool:
+    """Does it name a file of the same folder, and not one elsewhere?"""
+    path = Path(name)
+    return path.name == name and path.suffix == ".safetensors"

@@ -1,0 +1,334 @@
+"""config.json and generation_config.json: what is read, what it may be, and what is refused.
+
+A setting that would change the mathematics, and that is not supported, is refused by name.
+"""
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import Config, LayerKind, Rope
+from ..errors import InputError, refusing, require
+from ..files import read_json
+from ..sampling import Sampling
+
+logger = logging.getLogger("minihogwild")
+
+
+# ---- what each setting may be
+
+
+class Allowed(NamedTuple):
+    kind: type
+    lowest: float | None = None
+    highest: float | None = None
+
+
+# Far from every model; what follows may count to these numbers, or divide by them.
+COUNT = Allowed(int, 1, 2**20)
+LENGTH = Allowed(int, 1, 2**31)
+NUMBER = Allowed(float, 0, 1e12)
+DIVISOR = Allowed(float, 1e-6, 1e12)
+SWITCH = Allowed(bool)
+TEXT = Allowed(str)
+LIST = Allowed(list)
+OBJECT = Allowed(dict)
+
+ALLOWED = {
+    # config.json
+    "model_type": TEXT,
+    "dtype": TEXT,
+    "torch_dtype": TEXT,
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "intermediate_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT,
+    "head_dim": COUNT,
+    "rms_norm_eps": NUMBER,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": SWITCH,
+    "use_sliding_window": SWITCH,
+    "layer_types": LIST,
+    "quantization_config": OBJECT,
+    # about experts
+    "num_experts": COUNT,
+    "num_local_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "moe_intermediate_size": COUNT,
+    "norm_topk_prob": SWITCH,
+    "decoder_sparse_step": COUNT,
+    "mlp_only_layers": LIST,
+    # about rope
+    "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT,
+    "rope_type": TEXT,
+    "type": TEXT,
+    "rope_theta": Allowed(float, 1.01, 1e12),
+    "factor": DIVISOR,
+    "original_max_position_embeddings": LENGTH,
+    "low_freq_factor": NUMBER,
+    "high_freq_factor": NUMBER,
+    "attention_factor": NUMBER,
+    "mscale": NUMBER,
+    "mscale_all_dim": NUMBER,
+    "beta_fast": DIVISOR,
+    "beta_slow": DIVISOR,
+    "truncate": SWITCH,
+    # generation_config.json
+    "do_sample": SWITCH,
+    "temperature": NUMBER,
+    "top_k": Allowed(int, 0, 2**31),
+    "top_p": NUMBER,
+    "min_p": NUMBER,
+}
+
+
+def without_nulls(settings: dict) -> dict:
+    """The settings that say something: null means what silence means. Raises InputError for what is not allowed."""
+    given = {}
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if key in ALLOWED:
+            require_allowed(key, value, ALLOWED[key])
+        given[key] = value
+    return given
+
+
+def require_allowed(key: str, value: object, allowed: Allowed) -> None:
+    """Raise InputError where the value is of the wrong type or out of bounds."""
+    wanted = allowed.kind.__name__
+    types = [allowed.kind]
+    if allowed.kind is float:
+        types.append(int)  # a whole number will do
+    right = type(value) in types  # not isinstance: true is no number
+    if allowed.highest is not None:
+        wanted += f" from {allowed.lowest} to {allowed.highest}"
+        right = right and allowed.lowest <= value <= allowed.highest
+    require(right, f"{key} must be {wanted}, not {value!r}")
+
+
+# ---- config.json
+
+# The supported families, and the max_position_embeddings that each means where config.json is silent
+CONTEXT_OF_FAMILY = {
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "qwen3_moe": 32768,
+}
+# These must be there
+NEEDED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+# Of these one value is supported, which is also what silence means
+ONLY_VALUE = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+}
+
+
+@refusing("config.json")
+def parse_config(settings: dict) -> Config:
+    """Config from config.json; refuses what would change the mathematics and is not supported."""
+    given = without_nulls(settings)
+    family = given.get("model_type")
+    require(family in CONTEXT_OF_FAMILY, f"model_type {family!r} is not supported ({', '.join(CONTEXT_OF_FAMILY)} are)")
+    require_unquantised(given)
+    require_only_values(settings)
+    require(not has_sliding_window(family, settings), "sliding-window attention is not supported")
+    missing = [key for key in NEEDED if key not in given]
+    require(not missing, f"no {', '.join(missing)}")
+
+    # Where config.json is silent, the defaults of transformers' classes hold (num_key_value_heads: Llama's).
+    E, H = given["hidden_size"], given["num_attention_heads"]
+    K = given.get("num_key_value_heads", H)
+    default_head_dim = 128 if family == "qwen3" else E // H
+    D = given.get("head_dim", default_head_dim)
+    require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
+    require(D > 0 and D % 2 == 0, f"head_dim {D} is not an even number: rope turns pairs")
+    context = given.get("max_position_embeddings", CONTEXT_OF_FAMILY[family])
+    experts = {}
+    layer_kinds = (LayerKind(),) * given["num_hidden_layers"]
+    if family == "qwen3_moe":
+        experts = parse_experts(given)
+        layer_kinds = parse_sparse_layers(given)
+    return Config(
+        vocab_size=given["vocab_size"],
+        hidden_size=E,
+        intermediate_size=given["intermediate_size"],
+        num_attention_heads=H,
+        num_key_value_heads=K,
+        head_dim=D,
+        rms_norm_eps=given.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=context,
+        tie_word_embeddings=given.get("tie_word_embeddings", False),
+        rope=parse_rope(given, context),
+        layer_kinds=layer_kinds,
+        **experts,
+    )
+
+
+def require_unquantised(given: dict) -> None:
+    quantization = given.get("quantization_config")
+    if quantization:
+        method = str(quantization.get("quant_method", "unknown")).upper()
+        raise InputError(f"{method}-quantised weights are not supported: use the unquantised model")
+
+
+def require_only_values(settings: dict) -> None:
+    for key, only in ONLY_VALUE.items():
+        found = settings.get(key, only)
+        require(found == only, f"{key} {found!r} is not supported, only {only!r}")
+
+
+def has_sliding_window(family: str, settings: dict) -> bool:
+    """Does any layer see the last tokens alone? `settings` with its nulls: here null is not silence."""
+    layer_types = settings.get("layer_types")
+    if layer_types is not None and "sliding_attention" in layer_types:
+        return True
+    needs_no_switch = family == "mistral"
+    if not needs_no_switch and not settings.get("use_sliding_window"):
+        return False
+    window = settings.get("sliding_window", 4096)  # silence means 4096 tokens, null no window
+    return window not in (None, 0)
+
+
+def parse_experts(given: dict) -> dict:
+    """Config's fields about experts."""
+    newer_key = given.get("num_local_experts", 128)  # as transformers 5 writes it
+    count = given.get("num_experts", newer_key)
+    chosen = given.get("num_experts_per_tok", 8)
+    require(chosen <= count, f"num_experts_per_tok {chosen} is more than num_experts {count}")
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": given.get("moe_intermediate_size", 768),
+        "norm_topk_prob": given.get("norm_topk_prob", False),
+    }
+
+
+def parse_sparse_layers(given: dict) -> tuple[LayerKind, ...]:
+    """Every so many layers have experts, but for those that are listed as having one MLP alone."""
+    every = given.get("decoder_sparse_step", 1)
+    with_one_mlp = set(given.get("mlp_only_layers", []))
+    dense = LayerKind()
+    sparse = LayerKind(experts=True)
+    kinds = []
+    for number in range(given["num_hidden_layers"]):
+        has_experts = number not in with_one_mlp and (number + 1) % every == 0
+        kinds.append(sparse if has_experts else dense)
+    return tuple(kinds)
+
+
+# ---- rope
+
+TRAINED_LENGTH = "original_max_position_embeddings"
+# What each rope type must have, and what it may have
+ROPE_NEEDS = {
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", TRAINED_LENGTH],
+    "yarn": ["factor"],
+}
+ROPE_MAY_HAVE = {
+    "yarn": [TRAINED_LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"],
+}
+
+
+def parse_rope(config: dict, context: int) -> Rope:
+    """Rope from both forms in the wild: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    given = without_nulls(rope_settings(config))
+    older_key = given.pop("type", "default")
+    rope_type = given.pop("rope_type", older_key)
+    theta_beside = config.get("rope_theta", 10000.0)
+    theta = given.pop("rope_theta", theta_beside)
+    rotated_part = given.pop("partial_rotary_factor", 1.0)
+    require(rotated_part == 1.0, "partial_rotary_factor is not supported, only 1.0")
+    require_rope_keys(rope_type, given)
+    if rope_type == "llama3":
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
+    if rope_type == "yarn" and TRAINED_LENGTH not in given:
+        given[TRAINED_LENGTH] = config.get(TRAINED_LENGTH, context)
+    return Rope(rope_type, theta, **given)
+
+
+def require_rope_keys(rope_type: str, given: dict) -> None:
+    """Raise InputError for an unknown rope type, for a key that it lacks, or one that it does not know."""
+    require(rope_type in ROPE_NEEDS, f"rope type {rope_type!r} is not supported ({', '.join(ROPE_NEEDS)} are)")
+    needed = ROPE_NEEDS[rope_type]
+    missing = [key for key in needed if key not in given]
+    require(not missing, f"rope type {rope_type!r} needs {', '.join(missing)}")
+    known = needed + ROPE_MAY_HAVE.get(rope_type, [])
+    unknown = [key for key in sorted(given) if key not in known]
+    require(not unknown, f"rope type {rope_type!r} has unknown keys: {', '.join(unknown)}")
+
+
+def rope_settings(config: dict) -> dict:
+    """`rope_parameters`, or where that is absent or empty the older `rope_scaling`."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key):
+            return config[key]
+    return {}
+
+
+# ---- generation_config.json
+
+SAMPLING_KEYS = [field.name for field in fields(Sampling)]
+# Other keys that ask for nothing that we lack
+HARMLESS = [
+    "do_sample",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_length",
+    "max_new_tokens",
+]
+# Values of any other key that ask for nothing
+NEUTRAL_VALUES = (False, True, 0, 1, [], {})
+
+
+@refusing("generation_config.json")
+def read_generation_defaults(folder: Path, config: dict) -> tuple[Sampling, frozenset[int]]:
+    """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack.
+
+    `config` is config.json, which gives the ids where generation_config.json is silent.
+    """
+    path = folder / "generation_config.json"
+    given = without_nulls(read_json(path)) if path.exists() else {}
+    warn_of_what_is_lacking(given)
+    sampling = Sampling()  # greedy
+    if given.get("do_sample"):
+        chosen = {key: given[key] for key in SAMPLING_KEYS if key in given}
+        sampling = Sampling(**{"temperature": 1.0, **chosen})
+    eos_of_config = config.get("eos_token_id")
+    eos = given.get("eos_token_id", eos_of_config)
+    return sampling, parse_eos(eos)
+
+
+def warn_of_what_is_lacking(given: dict) -> None:
+    lacking = []
+    for key, value in given.items():
+        is_known = key in HARMLESS or key in SAMPLING_KEYS or key.startswith("_")
+        if not is_known and value not in NEUTRAL_VALUES:
+            lacking.append(key)
+    if lacking:
+        names = ", ".join(sorted(lacking))
+        printable = names.encode("unicode_escape").decode("ascii")  # a terminal might obey what a stranger wrote
+        logger.warning("generation_config.json: not supported, and ignored: %s", printable)
+
+
+def parse_eos(eos: object) -> frozenset[int]:
+    """From an id, a list of ids, or None."""
+    if eos is None:
+        return frozenset()
+    ids = eos if isinstance(eos, list) else [eos]
+    all_are_ids = all(isinstance(token, int) for token in ids)
+    require(all_are_ids, f"eos_token_id {ids} is neither an id nor a list of ids")
+    return frozenset(ids)

@@ -1,0 +1,134 @@
+"""`load`: from the name of a model to the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub  # imports what is asked of it, and only then
+import torch
+
+from ..config import Config
+from ..errors import refusing, require
+from ..files import read_json
+from ..sampling import Sampling
+from ..weights import Weights
+from .checkpoint import load_weights
+from .config_json import parse_config, read_generation_defaults
+from .progress import Bar, close_bars
+from .tokenizer import Tokenizer
+
+# What is fetched from a hub repository
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "prompts.json",
+]
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Model:
+    """All that comes out of a model folder."""
+
+    name: str  # as the user gave it
+    folder: Path
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer | None  # None: loaded without one
+    sampling: Sampling  # generation_config.json's
+    eos: frozenset[int]  # end-of-sequence ids
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embed.device
+
+
+def load(
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    folder: Path | None = None,
+    with_tokenizer: bool = True,
+) -> Model:
+    """Load a model from a local folder, or else from the hub repository of that name.
+
+    `dtype` auto is config.json's; `device` auto is cuda, else mps, else cpu. `folder` is what `fetch(name)` gave, for
+    whoever has asked for it before. Without its tokenizer, a folder needs config.json and weights alone.
+    Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
+    without our support.
+    """
+    device = choose_device(device)
+    if folder is None:
+        folder = fetch(str(name))
+    settings = read_json(folder / "config.json")
+    config = parse_config(settings)
+    dtype = choose_dtype(dtype, settings)
+    tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
+    sampling, eos = read_generation_defaults(folder, settings)
+    weights = load_weights(folder, config, dtype, device, str(name))
+    return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the first of cuda, mps and cpu that this machine has."""
+    is_present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        present = [kind for kind in is_present if is_present[kind]]
+        return torch.device(present[0])
+    chosen = torch.device(device)
+    # Of any other kind PyTorch itself will say whether it is there.
+    if chosen.type in is_present:
+        here = is_present[chosen.type]
+        require(here, f"device {chosen.type} is not available on this machine: use cpu or auto")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, settings: dict) -> torch.dtype:
+    """The dtype of that name; "auto" is the one in config.json's `settings`."""
+    if dtype == "auto":
+        dtype = dtype_in(settings)
+    chosen = DTYPES.get(dtype, dtype)
+    require(chosen in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def dtype_in(settings: dict) -> str:
+    for key in ("dtype", "torch_dtype"):  # as transformers writes it today, and as it did
+        if settings.get(key):
+            return settings[key]
+    return "float32"
+
+
+def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    tokenizer = Tokenizer(folder)
+    count, limit = tokenizer.size, config.vocab_size
+    path = folder / "tokenizer.json"
+    require(count <= limit, f"{path}: {count} ids, more than config.json's vocab_size {limit}")
+    return tokenizer
+
+
+def fetch(name: str) -> Path:
+    """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
+    with refusing(f"{name}: neither a folder nor to be had from the hub"):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
+    close_bars()
+    return folder

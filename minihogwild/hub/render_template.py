@@ -1,0 +1,86 @@
+"""Renders chat templates as a process of its own: JSON on standard input, JSON on standard output.
+
+Beside jinja's sandbox a template gets a limit of memory here, where the system has one, and of time from the parent
+(`chat_template.render_chat`). Nothing else of the package is imported.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python looks for modules beside a program, and often in the current folder too. Whatever lies there under the name
+    # of one of Python's own modules, or of jinja's, would be run in its place.
+    own_folder = os.path.dirname(os.path.realpath(__file__))
+    not_to_import_from = (own_folder, os.getcwd())
+    sys.path = [folder for folder in sys.path if os.path.realpath(folder) not in not_to_import_from]
+
+import json
+import re
+from time import strftime
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+BYTES = 2**29  # of address space
+# `{% generation %}` and `{% endgeneration %}`, around what a model is trained on: what stands before and after the name
+GENERATION_TAG = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})")
+
+
+def render(template: str, special_tokens: dict[str, str], prompts: list[str], allowed: float) -> list[str]:
+    """The conversation that opens with each prompt and asks for the reply, as transformers' apply_chat_template.
+
+    Raises ValueError for more than `allowed` characters; what else fails raises what jinja does.
+    """
+    # Jinja knows no generation tags; `with` is a pair of brackets that does nothing.
+    source = GENERATION_TAG.sub(r"\1with\2", template)
+    compiled = sandbox().from_string(source)
+    texts = []
+    for prompt in prompts:
+        text = compiled.render(
+            special_tokens,
+            messages=[{"role": "user", "content": prompt}],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+        )
+        if len(text) > allowed:
+            fail(f"it gives more than {allowed} characters")
+        texts.append(text)
+    return texts
+
+
+def sandbox() -> ImmutableSandboxedEnvironment:
+    """Where templates run: with the settings and functions that transformers gives them."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = fail
+    environment.globals["strftime_now"] = strftime
+    return environment
+
+
+def to_json(value: object, ensure_ascii: bool = False, **options) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def fail(message: str):
+    raise ValueError(message)
+
+
+def limit_memory() -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    except (ImportError, ValueError, OSError):
+        pass  # no such limit on Windows and macOS
+
+
+if __name__ == "__main__":
+    limit_memory()
+    try:
+        print(json.dumps(render(**json.load(sys.stdin))))
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,169 @@
+"""Text to token ids and back: the tokenizer of a model folder.
+
+What a user types is text. Control tokens (`<|im_end|>`, `<think>`, ...) come from the chat template alone; spelled out
+in a prompt they are encoded as the characters they are.
+"""
+
+import json
+import re
+import secrets
+from pathlib import Path
+
+import tokenizers
+
+from ..errors import refusing, require
+from ..files import read_json
+from .chat_template import read_chat_template, render_chat
+
+
+class Tokenizer:
+    """A folder's tokenizer.json, and its chat template if it has one (else `template` is None).
+
+    Several threads may use one.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        data = read_json(path)
+        with refusing(f"{path} cannot be read"):
+            self.control: dict[str, int] = {}  # the ids of control tokens, by their text
+            self.hidden: set[int] = set()  # the ids of special tokens, which decoded text does not show
+            for token in control_tokens(data):
+                self.control[token["content"]] = token["id"]
+                if token["special"]:
+                    self.hidden.add(token["id"])
+                # Only special tokens can be read as plain text, but some checkpoints mark `<think>` or even `<|User|>`
+                # as ordinary added tokens.
+                token["special"] = True
+            data["truncation"] = None
+            data["padding"] = None
+            # How control tokens are read is a setting of a whole tokenizer. If it were changed for each text, then
+            # another thread's text might be read in the wrong way. So there are two tokenizers.
+            self.reads_text = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self.reads_text.encode_special_tokens = True  # as text, that is
+            self.reads_control = tokenizers.Tokenizer.from_str(json.dumps(data))
+        self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
+        self.special_tokens, self.template = read_chat_template(folder)
+
+        self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
+        self.reads_control.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
+        self.mark_id = self.reads_control.token_to_id(self.mark)
+
+    def encode(self, text: str, whole: bool = False) -> list[int]:
+        """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
+
+        Control tokens in it are read as the characters they are. Raises InputError for half a character.
+        """
+        return encode_with(self.reads_text, text, whole)
+
+    def chat(self, prompt: str) -> list[int]:
+        """Token ids of a conversation that opens with `prompt` and asks for the reply.
+
+        Without a chat template: the text as it is. Raises InputError where the template fails, or where with this
+        prompt it gives other control tokens than with any.
+        """
+        if self.template is None:
+            return self.encode(prompt, whole=True)
+        prompts = [self._break_control_tokens(prompt), "a harmless prompt"]
+        text, harmless_text = render_chat(self.template, self.special_tokens, prompts)
+        ids = encode_with(self.reads_control, text)
+        harmless_ids = encode_with(self.reads_control, harmless_text)
+        same = self._control_ids_in(ids) == self._control_ids_in(harmless_ids)
+        require(same, "the prompt would bring control tokens of its own into the chat")
+        return [token for token in ids if token != self.mark_id]
+
+    def _break_control_tokens(self, prompt: str) -> str:
+        """The prompt with a mark inside each control token that the user typed.
+
+        What stands before a mark, and after it, is encoded as the ecosystem does it; the mark's own id is then taken
+        out.
+        """
+        if not self.control:
+            return prompt
+
+        def break_token(typed: re.Match) -> str:
+            first_character, rest = typed[0][0], typed[0][1:]
+            return first_character + self.mark + rest
+
+        any_control_token = "|".join(re.escape(text) for text in self.control)
+        return re.sub(any_control_token, break_token, prompt)
+
+    def _control_ids_in(self, ids: list[int]) -> list[int]:
+        control_ids = set(self.control.values())
+        return [token for token in ids if token in control_ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids, without special tokens."""
+        shown = [token for token in ids if token not in self.hidden]
+        return self.reads_text.decode(shown, skip_special_tokens=False)
+
+    def name_of(self, token: int) -> str | None:
+        """How the tokenizer spells one token, also a special one; None for an id that it does not have."""
+        return self.reads_text.id_to_token(token)
+
+    def has_text(self, token: int) -> bool:
+        """Special tokens have none, nor have ids that the tokenizer lacks: many a vocabulary is padded."""
+        return token not in self.hidden and self.name_of(token) is not None
+
+
+def control_tokens(data: dict) -> list[dict]:
+    """The tokens that tokenizer.json adds to its model's; but for runs of spaces, which some tokenizers add too."""
+    added = data.get("added_tokens")
+    if added is None:
+        return []
+    return [token for token in added if token["content"].strip() != ""]
+
+
+def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
+    with refusing(f"not valid UTF-8: {text[:200]!r}"):
+        return tokenizer.encode(text, add_special_tokens=whole).ids
+
+
+# ---- ids to text, one by one
+
+INCOMPLETE = "\ufffd"  # what bytes decode to that are no character, or not yet; a text may hold it itself
+LONGEST_CHARACTER = 4  # tokens of a character in the making, at most: one for each of its bytes
+MOST_WAITING = 16  # tokens that are kept together; of more, the first are no character in the making
+
+
+class TextStream:
+    """Text of the tokens that follow the ids in `before`: each character once, when all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int]):
+        self.tokenizer = tokenizer
+        # What a token reads as depends on its neighbours: a first token, for one, may lose its space.
+        self.before = list(before)  # tokens whose text has been given, or came before
+        self.waiting: list[int] = []  # tokens whose text has not
+
+    def next(self, token: int) -> str:
+        """The text that `token` completes, "" if none. Special tokens have no text."""
+        if not self.tokenizer.has_text(token):
+            return ""
+        self.waiting.append(token)
+        text = self._text_of(self.waiting)
+        half_a_character = text.endswith(INCOMPLETE)
+        if text and not half_a_character:
+            self.before = self.waiting
+            self.waiting = []
+            return text
+        if len(self.waiting) == MOST_WAITING:
+            return self._give_first()
+        return ""
+
+    def _text_of(self, ids: list[int]) -> str:
+        """The text that these add to that of `before`."""
+        given = self.tokenizer.decode(self.before)
+        whole = self.tokenizer.decode(self.before + ids)
+        return whole[len(given) :]
+
+    def _give_first(self) -> str:
+        """The text of all but the last few, which may yet become a character.
+
+        Else each token that follows would have more and more tokens decoded with it. All but the last few are twelve:
+        where a text holds U+FFFD itself, which is three bytes, they are whole ones.
+        """
+        first, last = self.waiting[:-LONGEST_CHARACTER], self.waiting[-LONGEST_CHARACTER:]
+        text = self._text_of(first)
+        self.before = first
+        self.waiting = last
+        return text

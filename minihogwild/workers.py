@@ -1,0 +1,561 @@
+"""Workers that solve one problem together: the generation loop, without the model.
+
+A `Run` computes nothing. It says what it wants to be fed, and is told what came of it:
+
+    while (feed := run.next_feed()) is not None:
+        logits = ...                                 # one forward pass: rows of feed.views, fed with feed.tokens
+        decision = run.decide()                      # who retires, whose paragraph has closed, who samples
+        ...                                          # decision.moves, in the cache
+        token_ids = ...                              # one from each row in decision.rows
+        events = run.learn(token_ids)                # what has happened, for whoever watches
+
+`drive` does that with a model and a cache; a test does it with a script, and gpu/pipeline.py in another order, so that
+a GPU need not wait. `for event in Run(...)` takes the right driver. Events are dicts:
+
+    {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
+    {"do": "move", "from", "to", "worker"}         a finished paragraph went to the common block
+    {"do": "begin", "worker", "text"}              a prefix was queued (empty where workers are independent)
+    {"do": "text", "worker", "text"}               readable text grew; of a finisher, the cue comes first
+    {"do": "retire", "worker"}                     the worker has ended its text
+
+The steps and moves, in order, are a schedule that can be replayed.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import mode
+
+import torch
+from torch import Tensor
+
+from .backend import PyTorchBackend, choose_backend
+from .cache import Cache
+from .errors import require
+from .hub import Model, TextStream
+from .layouts import COMMON, LAYOUTS, block_of
+from .model import step
+from .prompts import BoxedAnswer, Prompts, fill, paragraph_closed, prompts_of
+from .sampling import Sampling, sample
+
+CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
+FINISHER_TOKENS = 64
+GREEDY = Sampling()
+
+
+@dataclass
+class Writer:
+    """A worker, or a finisher: what it sees, what it has written, and what it feeds next."""
+
+    name: str  # as readers know it; its block has a name of its own
+    view: list[str]  # the blocks that it sees, in order; the last is the one it writes to
+    random: torch.Generator  # its own stream: what others do changes nothing
+    stream: TextStream | None = None  # token ids to text, of the paragraph that it is writing
+    to_feed: list[int | None] = field(default_factory=list)  # in the next step; [None]: sampled, and not yet known
+    feeds_sampled: bool = False  # `to_feed` is a token that it has sampled, and no prefix
+    token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes, and what it sampled
+    sampled: int = 0  # how many of them it sampled
+    paragraphs: list[str] = field(default_factory=list)  # the sampled text of each; the last one grows
+    boxed: BoxedAnswer = field(default_factory=BoxedAnswer)  # looks for an answer in all of that
+    answer: str | None = None
+    active: bool = True
+
+    @property
+    def block(self) -> str:
+        return self.view[-1]
+
+
+@dataclass
+class Feed:
+    """What is to be fed in the next forward pass."""
+
+    views: list[list[str]]
+    tokens: list[list[int | None]]  # None: the id sampled last for this worker, which is not known yet
+    stage: str  # prompt, work or finisher
+    writers: list[Writer | None]  # by row; None where nothing follows, as for the prompt
+
+
+@dataclass
+class Decision:
+    """What follows from a forward pass: first what its driver is to do, then what the run will tell of it."""
+
+    sampling: Sampling  # how tokens are to be sampled,
+    rows: list[int] = field(default_factory=list)  # from which rows of the logits,
+    writers: list[Writer] = field(default_factory=list)  # and for whom
+    moves: list[tuple[str, str]] = field(default_factory=list)  # blocks, from and to: to be made before the next pass
+
+    stage: str = "work"  # as in Feed
+    step_event: dict = field(default_factory=dict)
+    consequences: list[dict] = field(default_factory=list)  # events that come after it
+    beginnings: list["Beginning"] = field(default_factory=list)  # of new paragraphs: noted when the step is told
+
+    @property
+    def streams(self) -> list[torch.Generator]:
+        return [writer.random for writer in self.writers]
+
+
+@dataclass
+class Beginning:
+    """A paragraph that a worker is about to begin."""
+
+    worker: Writer
+    prefix: list[int]  # token ids
+    event: dict
+
+
+class Run:
+    """One problem, some workers, and the loop; `summary()` tells the result, at any time.
+
+    Raises InputError for what can't be run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        problem: str,
+        workers: int = 2,
+        layout: str | None = None,  # None: combined, or independent for one worker
+        max_steps: int = 1024,
+        sampling: Sampling | None = None,  # None: the model's own
+        seed: int = 0,
+        prompts: Prompts | None = None,  # None: the model's own, or the default
+        backend: PyTorchBackend | None = None,  # None: the fastest that there is
+    ):
+        self.words = prompts_of(model.folder) if prompts is None else prompts
+        self.sampling = model.sampling if sampling is None else sampling
+        self.backend = choose_backend(model.device, model.dtype) if backend is None else backend
+        if layout is None:
+            layout = "combined" if workers > 1 else "independent"
+        most = min(len(self.words.names), 16)
+        require(1 <= workers <= most, f"workers is {workers}: it must be from 1 to {most}")
+        require(layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+        require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
+        require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
+        self.model = model
+        self.problem = problem
+        self.layout = layout
+        self.rules = LAYOUTS[layout]
+        self.max_steps = max_steps
+        self.seed = seed
+        self.shared = self.rules.prefix  # else the workers know nothing of each other
+
+        names = list(self.words.names[:workers])
+        words = self.words.together if self.shared else self.words.alone
+        text = fill(words, problem=problem, n=workers, names=", ".join(names), first=names[0])
+        self.prompt = model.tokenizer.chat(text)  # token ids
+        require(problem.strip() and self.prompt, "the prompt is empty")
+        self.headers = {block: model.tokenizer.encode(self.words.headers[block]) for block in self.rules.headers}
+        self.workers = [self._make_worker(name, names) for name in names]
+        asks_for_answer = self.words.boxed and "\\boxed" in text
+        self.finishers = self._make_finishers(names) if asks_for_answer else []
+        writers = self.workers + self.finishers
+        self.blocks = [COMMON, *self.headers, *(writer.block for writer in writers)]
+
+        self.lengths = dict.fromkeys(self.blocks, 0)  # of all blocks, after what has been fed and moved
+        self.forward_steps = 0
+        self.finisher_steps = 0
+        self.steps_begun = 0  # forward steps, and one more while what came of the last is not known
+        self.sampled_since_check = 0
+        self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
+        self.stopped_by: str | None = None
+        self.history: list[dict] = []  # all events so far but those of text
+
+        self._has_cache = False
+        self.asked_to_stop = False
+        self._require_prompt_fits()
+        self._feeds = self._plan_feeds()
+        self._fed: Feed | None = None  # the last one; decided on next
+        self._decision: Decision | None = None  # the last one; its tokens are learned next
+        self._waiting_events: list[dict] = []  # told by `tell_waiting`, or else by the next `learn`
+
+    def _make_worker(self, name: str, names: list[str]) -> Writer:
+        others = [block_of(other) for other in names if other != name]
+        # No two seeds share a worker's stream
+        random = torch.Generator().manual_seed(self.seed * 16 + names.index(name))
+        return Writer(name, self.rules.view(block_of(name), others), random)
+
+    def _make_finishers(self, names: list[str]) -> list[Writer]:
+        """One who sees all workers; where they are independent, one for each."""
+        seen_by = {"finisher": names}
+        if not self.shared:
+            seen_by = {f"finisher of {name}": [name] for name in names}
+        finishers = []
+        for finisher, seen in seen_by.items():
+            while finisher in names:  # a worker may be called so too, and readers must tell them apart
+                finisher += "'"
+            view = [COMMON, *(block_of(name) for name in seen), f"answer by {finisher}"]
+            cue = self.model.tokenizer.encode(self.words.cue)
+            finishers.append(Writer(finisher, view, torch.Generator(), to_feed=cue))
+        return finishers
+
+    def __iter__(self) -> Iterator[dict]:
+        """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
+        cache = self.new_cache()
+        if self.model.device.type == "cuda" and self.can_run_ahead:
+            from .gpu.pipeline import drive_ahead  # not above: without a GPU, nothing of it is imported
+
+            return drive_ahead(self, cache)
+        return drive(self, cache)
+
+    def new_cache(self) -> Cache:
+        """A cache with this run's blocks, for a driver. A Run runs once, and so this can be asked for once."""
+        if self._has_cache:
+            raise RuntimeError("a Run runs once: make another")
+        self._has_cache = True
+        return Cache(self.model.config, self.blocks, self.model.dtype, self.model.device, self.backend)
+
+    # ---- what it wants
+
+    def next_feed(self) -> Feed | None:
+        """What to feed in the next forward pass; None when all is done."""
+        if self.asked_to_stop:
+            self.stopped_by = "interrupt"
+            return None
+        self._fed = next(self._feeds, None)
+        if self._fed is not None:
+            for view, ids in zip(self._fed.views, self._fed.tokens):
+                self.lengths[view[-1]] += len(ids)
+        return self._fed
+
+    def stop(self) -> None:
+        """Ask it to end when the step that is under way has been told: no other follows, nor a finisher."""
+        self.asked_to_stop = True
+
+    def _plan_feeds(self) -> Iterator[Feed]:
+        """A run from beginning to end."""
+        yield from self._feed_prompt()
+        for worker in self.workers:
+            beginning = self._begin_paragraph(worker)
+            self._note(beginning)
+            self._waiting_events.append(beginning.event)
+        while self.reason_to_stop() is None:
+            self.steps_begun += 1
+            yield feed_of(self._active_workers(), "work")
+        self.stopped_by = self.reason_to_stop()
+        if not self.asked_to_stop:
+            yield from self._feed_finishers()
+
+    def _feed_prompt(self) -> Iterator[Feed]:
+        """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
+        # Alone, a worker goes on from the prompt's last token: each feeds it to a block of its own.
+        prompt = self.prompt if self.shared else self.prompt[:-1]
+        chunk = self.backend.prefill_chunk(len(self.prompt), self.model.config)
+        for start in range(0, len(prompt), chunk):
+            yield Feed([[COMMON]], [prompt[start : start + chunk]], "prompt", [None])
+        headers = {block: ids for block, ids in self.headers.items() if ids}
+        if headers:
+            views = [[COMMON, block] for block in headers]
+            yield Feed(views, list(headers.values()), "prompt", [None] * len(headers))
+
+    def _feed_finishers(self) -> Iterator[Feed]:
+        """Where there is no answer and the prompt asks for one: ask for it, over all that has been written.
+
+        What was sampled last and has not been fed goes in together with the cue.
+        """
+        answered = [worker.block for worker in self.workers if worker.answer]
+        writing = []
+        for finisher in self.finishers:
+            if not any(block in answered for block in finisher.view):
+                writing.append(finisher)
+                self._open_finisher(finisher)
+        unfinished = [worker for worker in self._active_workers() if worker.feeds_sampled]
+        while writing:
+            feed = feed_of(unfinished + writing, "finisher")
+            feed.writers = [None] * len(unfinished) + writing
+            yield feed
+            unfinished = []
+            writing = [finisher for finisher in writing if finisher.active]
+
+    def _open_finisher(self, finisher: Writer) -> None:
+        cue = self.words.cue
+        finisher.paragraphs = [cue]
+        finisher.boxed.read(cue)
+        finisher.stream = TextStream(self.model.tokenizer, finisher.to_feed)
+        self._waiting_events.append({"do": "text", "worker": finisher.name, "text": cue})
+
+    # ---- what follows from a forward pass
+
+    def decide(self) -> Decision:
+        """What each writer does after the pass that was fed last, judged by the last token that it has fed."""
+        feed = self._fed
+        decision = Decision(sampling=GREEDY if feed.stage == "finisher" else self.sampling, stage=feed.stage)
+        decision.step_event = {
+            "do": "step",
+            "views": feed.views,
+            "tokens": self._tokens_fed(feed),
+            "sampled": [None] * len(feed.views),  # `learn` puts them in
+        }
+        for row, writer in enumerate(feed.writers):
+            if writer is None:
+                continue
+            if feed.stage == "work" and self._has_ended(writer):
+                self._retire(writer, decision)
+            elif feed.stage == "work" and self._has_closed_paragraph(writer):
+                self._move_to_common(writer, decision)
+                beginning = self._begin_paragraph(writer)
+                decision.beginnings.append(beginning)
+                decision.consequences.append(beginning.event)
+            else:
+                decision.rows.append(row)
+                decision.writers.append(writer)
+                if feed.stage == "work":
+                    self.sampled_since_check += 1
+        for writer in decision.writers:
+            writer.to_feed = [None]
+            writer.feeds_sampled = True
+        self._decision = decision
+        return decision
+
+    def _has_ended(self, worker: Writer) -> bool:
+        """Was the token that it has just fed an end-of-sequence of its own?"""
+        return worker.feeds_sampled and worker.to_feed[-1] in self.model.eos
+
+    def _has_closed_paragraph(self, worker: Writer) -> bool:
+        return self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1])
+
+    def _tokens_fed(self, feed: Feed) -> list[list[int]]:
+        """Of a feed, with ids in the place of those that were not known when it was made."""
+        known = []
+        for writer, ids in zip(feed.writers, feed.tokens):
+            by_now = writer.to_feed if None in ids else ids
+            known.append(list(by_now))
+        return known
+
+    def _retire(self, worker: Writer, decision: Decision) -> None:
+        worker.active = False
+        decision.consequences.append({"do": "retire", "worker": worker.name})
+        if self.rules.moves_retired:
+            self._move_to_common(worker, decision)
+
+    def _move_to_common(self, worker: Writer, decision: Decision) -> None:
+        decision.moves.append((worker.block, COMMON))
+        self.lengths[COMMON] += self.lengths[worker.block]
+        self.lengths[worker.block] = 0
+        decision.consequences.append({"do": "move", "from": worker.block, "to": COMMON, "worker": worker.name})
+
+    def _begin_paragraph(self, worker: Writer) -> "Beginning":
+        """Queue the prefix of the worker's next paragraph. What it has written is as it was, until `_note`."""
+        encode = self.model.tokenizer.encode
+        text = ""
+        prefix = []
+        if self.shared:
+            text = fill(self.words.prefix, name=worker.name, number=len(worker.paragraphs) + 1)
+            prefix = encode(text)
+            if self.sampled_since_check >= CHECK_AFTER and len(self.workers) > 1:
+                self.sampled_since_check = 0
+                text += self.words.check
+                prefix += encode(self.words.check)
+        worker.feeds_sampled = False
+        if prefix:
+            worker.to_feed = prefix
+            worker.stream = TextStream(self.model.tokenizer, prefix)
+        else:
+            worker.to_feed = self.prompt[-1:]
+            worker.stream = TextStream(self.model.tokenizer, self.prompt[-8:])
+        return Beginning(worker, prefix, {"do": "begin", "worker": worker.name, "text": text})
+
+    def _note(self, beginning: "Beginning") -> None:
+        """From here on the paragraph belongs to what the worker has written."""
+        beginning.worker.paragraphs.append("")
+        beginning.worker.token_ids += beginning.prefix
+
+    def learn(self, token_ids: list[int]) -> list[dict]:
+        """The ids that were sampled, one for each of the last decision's rows. Returns the events of that step.
+
+        Raises InputError for an id of -1: the logits were not numbers.
+        """
+        decision = self._decision
+        self._decision = None
+        for writer, token in zip(decision.writers, token_ids, strict=True):
+            self._require_sound(token, writer, decision)
+        for beginning in decision.beginnings:
+            self._note(beginning)
+        texts = []
+        for row, writer, token in zip(decision.rows, decision.writers, token_ids):
+            decision.step_event["sampled"][row] = token
+            text = self._take(writer, token)
+            if text:
+                texts.append({"do": "text", "worker": writer.name, "text": text})
+            if decision.stage == "finisher":
+                ended = token in self.model.eos or writer.sampled == FINISHER_TOKENS
+                writer.active = not ended and writer.answer is None
+        if decision.stage == "work":
+            self.forward_steps += 1
+        elif decision.stage == "finisher":
+            self.finisher_steps += 1
+        return self._tell([decision.step_event, *decision.consequences, *texts])
+
+    def tell_waiting(self) -> list[dict]:
+        """Events that belong to no step, such as the workers' beginning: `next_feed` may bring some.
+
+        Who does not ask for them gets them with the next `learn`.
+        """
+        return self._tell([])
+
+    def _tell(self, events: list[dict]) -> list[dict]:
+        """These events, behind those that had to wait; all but text is kept."""
+        told = self._waiting_events + events
+        self._waiting_events = []
+        self.history += [event for event in told if event["do"] != "text"]
+        return told
+
+    def _require_sound(self, token: int, writer: Writer, decision: Decision) -> None:
+        if decision.stage == "finisher":
+            require(token >= 0, "the finisher's logits are NaN or infinite: try float32")
+        number = self.forward_steps + 1
+        require(token >= 0, f"step {number}: {writer.name}'s logits are NaN or infinite: try float32")
+
+    def _take(self, writer: Writer, token: int) -> str:
+        """Give a writer the token that was sampled for it; the readable text that this completes."""
+        writer.to_feed = [token]
+        writer.token_ids.append(token)
+        writer.sampled += 1
+        text = writer.stream.next(token)
+        writer.paragraphs[-1] += text
+        if self.words.boxed and writer.answer is None:
+            writer.answer = writer.boxed.read(text)
+            if writer.answer and not self.shared:
+                writer.active = False  # alone, it would have stopped here
+        return text
+
+    # ---- when to stop
+
+    @property
+    def answer(self) -> str | None:
+        """The first found, of the lowest worker; where they are independent, the majority's (of a tie, the first)."""
+        found = [writer.answer for writer in self.workers + self.finishers if writer.answer]
+        if not found:
+            return None
+        return found[0] if self.shared else mode(found)
+
+    @property
+    def answered(self) -> bool:
+        """Is the problem solved? Where workers are independent, each is to have its answer, or to have retired."""
+        anyone = any(worker.answer for worker in self.workers)
+        return anyone and (self.shared or not self._active_workers())
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """May a step begin before the tokens of the one before are known? It may turn out to be in vain: the answer
+        was there. Where workers are independent that would be some workers' row, and not a whole step."""
+        return self.shared or len(self.workers) == 1
+
+    def _active_workers(self) -> list[Writer]:
+        return [worker for worker in self.workers if worker.active]
+
+    def reason_to_stop(self) -> str | None:
+        """Why no further forward step follows; None: one does."""
+        if self.asked_to_stop:
+            return "interrupt"
+        if self.answered:
+            return "answer"
+        if not self._active_workers():
+            return "retired"
+        if self.steps_begun >= self.max_steps:
+            return "steps"
+        if self._outgrows_context(self.lengths):
+            return "context"
+        return None
+
+    def _require_prompt_fits(self) -> None:
+        lengths = dict.fromkeys(self.blocks, 0)
+        lengths[COMMON] = len(self.prompt)
+        for block, ids in self.headers.items():
+            lengths[block] = len(ids)
+        fits = not self._outgrows_context(lengths)
+        context = self.model.config.context
+        require(fits, f"the prompt is {len(self.prompt)} tokens long, too long for a context of {context}")
+
+    def _outgrows_context(self, lengths: dict[str, int]) -> bool:
+        """From blocks this long, would a view outgrow the context in a step, or leave the finisher no room after it?"""
+        fed = dict(lengths)  # after that step
+        for worker in self._active_workers():
+            fed[worker.block] += len(worker.to_feed)
+        sampled = dict(fed)  # and with what is sampled in it, to be fed together with the finisher's cue
+        for worker in self._active_workers():
+            sampled[worker.block] += 1
+        context = self.model.config.context
+        for worker in self._active_workers():
+            if sum(fed[block] for block in worker.view) > context:
+                return True
+        for finisher in self.finishers:
+            seen = sum(sampled[block] for block in finisher.view)
+            if seen + len(finisher.to_feed) + FINISHER_TOKENS > context:
+                return True
+        return False
+
+    # ---- the result
+
+    def summary(self) -> dict:
+        """The result so far, ready for JSON. `text` holds prefixes too, `paragraphs` what was sampled."""
+        tokens = sum(worker.sampled for worker in self.workers)
+        spoken = [finisher for finisher in self.finishers if finisher.sampled]
+        return {
+            "model": self.model.name,
+            "sampling": vars(self.sampling),
+            "forward_steps": self.forward_steps,
+            "finisher_steps": self.finisher_steps,
+            "seconds": self.seconds,
+            "answer": self.answer,
+            "stopped_by": self.stopped_by,
+            "layout": self.layout,
+            "seed": self.seed,
+            "prompt_tokens": len(self.prompt),
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds if self.seconds else 0.0,
+            "ms_per_step": 1000 * self.seconds / max(self.forward_steps, 1),
+            "workers": [self._summary_of(worker) for worker in self.workers],
+            "finishers": [self._summary_of(finisher) for finisher in spoken],
+        }
+
+    def _summary_of(self, writer: Writer) -> dict:
+        return {
+            "name": writer.name,
+            "answer": writer.answer,
+            "tokens": writer.sampled,
+            "token_ids": writer.token_ids,
+            "paragraphs": writer.paragraphs,
+            "text": self.model.tokenizer.decode(writer.token_ids),
+        }
+
+
+def feed_of(writers: list[Writer], stage: str) -> Feed:
+    views = [writer.view for writer in writers]
+    tokens = [writer.to_feed for writer in writers]
+    return Feed(views, tokens, stage, list(writers))
+
+
+def drive(run: Run, cache: Cache) -> Iterator[dict]:
+    """Run to the end, a step at a time. Yields the run's events; a step's event also holds its "logits", [W, V]."""
+    while (feed := run.next_feed()) is not None:
+        yield from run.tell_waiting()
+        if not run.asked_to_stop:
+            yield from take_step(run, cache, feed)
+    yield from run.tell_waiting()
+
+
+def take_step(run: Run, cache: Cache, feed: Feed) -> Iterator[dict]:
+    """One step of a run: feed, decide, sample, learn. Yields what happened in it."""
+    began = time.perf_counter()
+    logits = step(feed.views, feed.tokens, run.model.weights, run.model.config, cache)
+    decision = run.decide()
+    for source, target in decision.moves:
+        cache.move(source, target)
+    token_ids = sample_rows(logits, decision)
+    events = run.learn(token_ids.tolist())
+    if feed.stage == "work":
+        run.seconds += time.perf_counter() - began
+    yield from with_logits(events, logits)
+
+
+def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
+    """One id [n] int64 for each of the decision's rows of logits [W, V]."""
+    if not decision.rows:
+        return torch.zeros(0, dtype=torch.int64)
+    rows = torch.tensor(decision.rows).to(logits.device, non_blocking=True)
+    return sample(logits[rows], decision.sampling, decision.streams)
+
+
+def with_logits(events: list[dict], logits: Tensor) -> Iterator[dict]:
+    for event in events:
+        yield event | {"logits": logits} if event["do"] == "step" else event

@@ -1,0 +1,457 @@
+"""Loading: a model folder in the hub's own format goes in; the right numbers come out, or one line says why not."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_files import (
+    BROKEN_JSON,
+    CPU,
+    TINY,
+    Hub,
+    assert_holds,
+    byte_tokenizer,
+    free_memory,
+    make_folder,
+    make_tensors,
+    refusal,
+    without,
+    write_json,
+)
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects, tqdm
+
+from minihogwild import Config, LayerKind, Rope, load
+from minihogwild.errors import allocating
+from minihogwild.hub import checkpoint
+from minihogwild.hub.loading import choose_device, fetch
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with nothing wrong."""
+    return make_folder(tmp_path / "tiny-model", TINY, make_tensors(TINY))
+
+
+# ---- whole folders
+
+
+def test_a_tilde_is_the_home_folder(tiny: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    assert load("~/tiny-model", device="cpu").folder == tiny
+
+
+def test_a_folder_in_one_file(tiny: Path):
+    model = load(tiny, device="cpu")
+    assert model.config == Config(
+        vocab_size=260,
+        hidden_size=12,
+        intermediate_size=20,
+        layer_kinds=(LayerKind(), LayerKind()),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        rope=Rope("default", rope_theta=50000.0),
+    )
+    assert_holds(model.weights, make_tensors(TINY), TINY)
+    assert (model.dtype, model.device, model.folder) == (torch.float32, CPU, tiny)
+    assert model.name == str(tiny)
+    assert model.tokenizer.decode(model.tokenizer.encode("As written: naïve ☕")) == "As written: naïve ☕"
+
+
+def test_a_folder_is_found_by_a_relative_path(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tiny.parent)
+    by_name, by_path = load(tiny.name, device="cpu"), load(Path(tiny.name), device="cpu")
+    assert_holds(by_name.weights, make_tensors(TINY), TINY)
+    assert_holds(by_path.weights, make_tensors(TINY), TINY)
+
+
+def test_fetch_knows_the_home_folder_too(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Who asks for the folder first, and then loads from it, must not be told another one."""
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    Hub(monkeypatch, AssertionError("a local folder must not be looked up"))
+    assert fetch("~/tiny-model") == tiny
+    assert load("~/tiny-model", device="cpu", folder=fetch("~/tiny-model")).name == "~/tiny-model"
+
+
+def test_a_folder_that_has_been_fetched_is_not_looked_up_again(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, AssertionError("it must not be looked up"))
+    model = load("someone/tiny-model", device="cpu", folder=tiny)
+    assert (model.name, model.folder) == ("someone/tiny-model", tiny)
+
+
+def test_without_its_tokenizer_a_model_is_config_json_and_weights_alone(tiny: Path):
+    """Replay and compare need no text; nor do the models that others write for them."""
+    for path in tiny.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    model = load(tiny, device="cpu", with_tokenizer=False)
+    assert model.tokenizer is None
+    assert_holds(model.weights, make_tensors(TINY), TINY)
+    assert "tokenizer.json" in refusal(load, tiny, device="cpu")
+
+
+def test_without_its_tokenizer_nothing_of_it_is_read(tiny: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tiny / name).write_bytes(b"\xff broken")
+    assert load(tiny, device="cpu", with_tokenizer=False).tokenizer is None
+
+
+# ---- dtype and device
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_every_dtype(tmp_path: Path, name: str, stored: torch.dtype):
+    config = TINY | {"model_type": "qwen2"}
+    saved = make_tensors(config, biases=True, qk_norms=True, dtype=stored)
+    folder = make_folder(tmp_path, config, saved)
+    for given_dtype in (name, DTYPES[name]):
+        model = load(folder, dtype=given_dtype, device="cpu")
+        assert model.dtype == DTYPES[name]
+        assert_holds(model.weights, saved, config, DTYPES[name])  # every single tensor has it
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_auto_dtype_is_the_one_in_config_json(tmp_path: Path, key: str, name: str):
+    """Whatever the tensors are stored in."""
+    config = without(TINY, "torch_dtype") | {key: name}
+    saved = make_tensors(config, dtype=torch.float16 if name == "float64" else torch.float64)
+    folder = make_folder(tmp_path, config, saved)
+    assert_holds(load(folder, device="cpu").weights, saved, config, DTYPES[name])
+
+
+@pytest.mark.parametrize("silence", [{}, {"torch_dtype": None}], ids=["absent", "null"])
+def test_auto_dtype_is_float32_where_config_json_is_silent(tmp_path: Path, silence: dict):
+    config = without(TINY, "torch_dtype") | silence
+    saved = make_tensors(config, dtype=torch.bfloat16)
+    assert load(make_folder(tmp_path, config, saved), device="cpu").dtype == torch.float32
+
+
+def test_an_unknown_dtype_is_refused_by_name(tiny: Path):
+    message = refusal(load, tiny, dtype="int8", device="cpu")
+    assert "'int8'" in message
+    assert all(name in message for name in DTYPES)
+    write_json(tiny / "config.json", TINY | {"torch_dtype": "float8_e4m3fn"})
+    assert "'float8_e4m3fn'" in refusal(load, tiny, device="cpu")
+
+
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_auto_device(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: int, chosen: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert choose_device("auto") == torch.device(chosen)
+    assert choose_device("cpu") == choose_device(CPU) == CPU
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch, device: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.split(":")[0] in refusal(load, tiny, device=device)
+
+
+# ---- broken folders
+
+CUT_TOKENIZER = byte_tokenizer().to_str()[:-40]
+
+
+@pytest.mark.parametrize("how", BROKEN_JSON)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_broken_json_names_its_file(tiny: Path, name: str, how: str):
+    (tiny / name).write_bytes(BROKEN_JSON[how])
+    assert name in refusal(load, tiny, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tiny: Path, name: str):
+    (tiny / name).unlink()
+    message = refusal(load, tiny, device="cpu")
+    assert name in message
+    assert str(tiny) in message
+    assert "JSON" not in message  # missing is not broken
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_files_that_need_not_be_there(tiny: Path, name: str):
+    (tiny / name).unlink(missing_ok=True)
+    assert_holds(load(tiny, device="cpu").weights, make_tensors(TINY), TINY)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "model": {"type": "Nonesuch"}}', CUT_TOKENIZER])
+def test_a_tokenizer_that_cannot_be_read_is_named(tiny: Path, content: str):
+    (tiny / "tokenizer.json").write_text(content, "utf-8")
+    assert "tokenizer.json" in refusal(load, tiny, device="cpu")
+
+
+# ---- the hub
+
+NEEDED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+NOT_NEEDED = {
+    ".gitattributes",
+    "LICENSE",
+    "README.md",
+    "USE_POLICY.md",
+    "config.json.md",
+    "consolidated.safetensors",
+    "adapter_model.safetensors",
+    "flax_model.msgpack",
+    "merges.txt",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "onnx/tokenizer.json",
+    "openvino/openvino_model.bin",
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "original/tokenizer.model",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "runs/events.out.tfevents.1",
+    "special_tokens_map.json",
+    "tf_model.h5",
+    "tokenizer.model",
+    "training_args.bin",
+    "vocab.json",
+}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, in which no name is a folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_a_hub_repository(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(monkeypatch, tiny)
+    model = load("someone/tiny-model", device="cpu")
+    assert model.name == "someone/tiny-model"
+    assert model.folder == tiny
+    assert_holds(model.weights, make_tensors(TINY), TINY)
+    [(repo_id, options)] = hub.calls
+    assert repo_id == "someone/tiny-model"
+    # Nothing that would overrule the user's own settings: cache folder, offline mode, token
+    assert options.keys() == {"allow_patterns", "tqdm_class"}
+    assert issubclass(options["tqdm_class"], tqdm)  # nor whether progress bars are wanted
+
+
+def test_no_progress_bar_stays_open(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub leaves some, which would be drawn again when they are collected, wherever the cursor is by then."""
+    terminal, bars = io.StringIO(), []
+    terminal.isatty = lambda: True
+
+    def download(_, tqdm_class: type, **options) -> str:
+        bars.append(tqdm_class(total=7, file=terminal))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load("someone/tiny-model", device="cpu")
+    assert "0/7" in terminal.getvalue()
+    drawn = terminal.getvalue()
+    bars[0].close()
+    assert terminal.getvalue() == drawn  # it was closed already,
+    assert drawn.split("\r")[-2].strip() == ""  # and has left nothing behind
+
+
+def test_only_the_files_needed_are_downloaded(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(monkeypatch, tiny)
+    load("someone/tiny-model", device="cpu")
+    patterns = hub.calls[0][1]["allow_patterns"]
+    kept = set(filter_repo_objects(sorted(NEEDED | NOT_NEEDED), allow_patterns=patterns))
+    assert kept == NEEDED
+    one_file = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    assert list(filter_repo_objects(one_file, allow_patterns=patterns)) == [one_file[0], one_file[1], one_file[3]]
+    assert any(fnmatch.fnmatch("prompts.json", pattern) for pattern in patterns)  # a model's own words
+
+
+def test_a_repository_name_without_an_owner(tiny: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(monkeypatch, tiny)
+    assert load("tiny-model", device="cpu").folder == tiny
+    assert [repo_id for repo_id, _ in hub.calls] == ["tiny-model"]
+
+
+def test_a_local_folder_comes_before_the_hub(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(monkeypatch, AssertionError("a local folder must not be looked up"))
+    monkeypatch.chdir(tiny.parent.parent)
+    assert load(f"{tiny.parent.name}/{tiny.name}", device="cpu").name == f"{tiny.parent.name}/{tiny.name}"
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./model",
+        "../model",
+        "models/mine/tiny",
+        "/nowhere/at/all",
+        "/nowhere",
+        "~/no/such/model",
+        "~no-such-user-here/model",
+        "~no-such-user-here",
+    ],
+)
+def test_what_looks_local_never_reaches_the_hub(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """The hub's own client sees that it is no repository's name."""
+    monkeypatch.setattr("socket.socket.connect", None)
+    message = refusal(load, name, device="cpu")
+    assert message.startswith(f"{name}: neither a folder")
+    assert "Repo id" in message or "home directory" in message
+
+
+class RepositoryNotFoundError(OSError):
+    """The hub's own takes an HTTP response, whose library changes from version to version."""
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    pass
+
+
+URL = "https://huggingface.co/api/models/someone/tiny-model/revision/main"
+HUB_ERRORS = {
+    "unknown": (
+        RepositoryNotFoundError(
+            f"404 Client Error. (Request ID: Root=1-6a; 77)\n\nRepository Not Found for url: {URL}.\n"
+            "Please make sure you specified the correct `repo_id` and `repo_type`."
+        ),
+        "Not Found",
+    ),
+    "gated": (
+        GatedRepoError(
+            f"401 Client Error. (Request ID: Root=1-6a; 77)\n\nCannot access gated repo for url {URL}.\n"
+            "Access to model someone/tiny-model is restricted. You must be authenticated to access it."
+        ),
+        "gated",
+    ),
+    "offline": (
+        LocalEntryNotFoundError(
+            "Cannot find an appropriate cached snapshot folder for the specified revision on the local disk and "
+            "outgoing traffic has been disabled. To enable repo look-ups and downloads online, pass "
+            "'local_files_only=False' as input."
+        ),
+        "outgoing traffic has been disabled",
+    ),
+    "no network": (ConnectionError("Name or service not known\n(caused by something)"), "Name or service not known"),
+    "a bad name": (ValueError("Repo id must use alphanumeric chars"), "Repo id must use alphanumeric chars"),
+    "forbidden": (OSError("\n\n403 Forbidden: no.\nCannot access content at: there."), "403 Forbidden"),
+}
+
+
+@pytest.mark.parametrize("case", HUB_ERRORS)
+def test_hub_errors_become_one_line_that_says_why(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, case: str):
+    error, reason = HUB_ERRORS[case]
+    hub = Hub(monkeypatch, error)
+    message = refusal(load, "someone/tiny-model", device="cpu")
+    assert message.startswith("someone/tiny-model: ")
+    assert "hub" in message
+    assert reason in message
+    assert len(hub.calls) == 1
+
+
+def test_a_hub_error_without_a_message_is_named(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, TimeoutError())
+    assert "TimeoutError" in refusal(load, "someone/tiny-model", device="cpu")
+
+
+def test_an_interrupted_download_stays_an_interrupt(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        load("someone/tiny-model", device="cpu")
+
+
+def test_the_hub_s_own_cache_and_offline_mode(tmp_path: Path):
+    """With the real hub client: what is in the user's cache is found offline, what isn't gives the one line."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--tiny-model"
+    make_folder(cached / "snapshots" / revision, TINY, make_tensors(TINY))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    program = (
+        "import minihogwild\n"
+        "print(minihogwild.load('someone/tiny-model', device='cpu').folder)\n"
+        "try: minihogwild.load('someone/absent', device='cpu')\n"
+        "except minihogwild.InputError as error: print(error)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found, refused = done.stdout.splitlines()
+    assert found == str(cached / "snapshots" / revision)
+    assert refused.startswith("someone/absent: ")
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 8), ("bfloat16", 2)])
+def test_the_memory_asked_for_is_that_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: str, size: int
+):
+    asked = []
+
+    def asking(nbytes, what, device):
+        asked.append((nbytes, what, device))
+        return allocating(nbytes, what, device)
+
+    monkeypatch.setattr(checkpoint, "allocating", asking)
+    config = TINY | {"tie_word_embeddings": tied}
+    saved = make_tensors(config)
+    load(make_folder(tmp_path / "tiny-model", config, saved), dtype=dtype, device="cpu")
+    [(nbytes, what, device)] = asked
+    assert nbytes == size * sum(tensor.numel() for tensor in saved.values())
+    assert "tiny-model" in what
+    assert dtype in what
+    assert device == CPU
+
+
+def test_a_model_too_large_for_memory_is_refused_before_it_is_allocated(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    free_memory(monkeypatch, 1000)
+    message = refusal(load, tiny, device="cpu")
+    assert "memory" in message
+    assert "tiny-model" in message
+    assert "float32" in message
+    free_memory(monkeypatch, 10**9)
+    load(tiny, device="cpu")
+
+
+def test_a_hub_model_too_large_for_memory_goes_by_its_name(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A snapshot's folder is named by a hash, which tells nobody anything."""
+    snapshot = make_folder(tmp_path / "0123456789abcdef0123456789abcdef01234567", TINY, make_tensors(TINY))
+    Hub(monkeypatch, snapshot)
+    free_memory(monkeypatch, 1000)
+    assert "tiny-model" in refusal(load, "someone/tiny-model", device="cpu")
