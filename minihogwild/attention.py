@@ -33,7 +33,7 @@ class Plan:
     last: Tensor  # [W]: the row of each worker's last token
     page_block: Tensor  # [P]: the column b of the block that owns the page
     page_start: Tensor  # [P]: which of the block's tokens comes first in the page; UNREAD in pages of other blocks
-    pages: Tensor  # [1]: P
+    page_count: Tensor  # [1]: P, as a tensor: so a recorded step can read it
     page_size: int  # tokens of a page, "PAGE" in shapes
     lone_block_length: int  # where the step's views hold one block alone, as for a prompt: its length; else 0
 

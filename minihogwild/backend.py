@@ -46,7 +46,10 @@ class PyTorchBackend:
         return x
 
     def run(self, forward: Callable[..., Tensor], tokens: Tensor, weights, config, cache, plan: Plan) -> Tensor:
-        """One forward pass. (The kernels' backend records it, and plays the recording from then on.)"""
+        """One forward pass: `model.forward`, with these arguments.
+
+        (The kernels' backend records decode steps, some of them compiled, and plays the recording from then on.)
+        """
         return forward(tokens, weights, config, cache, plan)
 
 

@@ -4,12 +4,16 @@ A *block* is an append-only run of tokens; key n is stored rotated to position n
 list of blocks, the last of which its worker writes to; a block starts where those before it end. For row t (a new
 token) and block b two integers then say everything:
 
-    offset[t, b]    where the block starts in that row's view
-    visible[t, b]   how many of its tokens the row may see: all; index + 1 of its own block; 0 if it is not in the view
+    offset[t, b]    where b starts in that row's view
+    visible[t, b]   how many of b's tokens the row may see: 0 if b is not in its view; all of them if it is; of the
+                    block that the row itself is written to, those up to and including itself
+
+With R(p) the rotation to position p, and position[t] = offset in the row's own block + index in that block:
 
     score(t, b, n) = <R(position[t] - offset[t, b]) q_t, R(n) k_bn>     for n < visible[t, b]
 
-Only the query knows about the view: it is rotated once per block, and a key never.
+Only the query knows about the view: it is rotated once per block. A key is rotated when it is written and when it is
+moved, and never for a view.
 
 Tokens live in a pool of pages, each of which belongs to one block or is free (a "paged" KV cache).
 """
@@ -29,6 +33,7 @@ from .rope import frequencies_of, rotate, rotation
 
 PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
 NOBODY = -1  # owns a page that is free
+NO_COLUMN = -1  # of a step's tables: the block is in none of its views
 
 
 class Cache:
@@ -50,20 +55,22 @@ class Cache:
         self.device = torch.device(device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
         self.backend = choose_backend(self.device, dtype) if backend is None else backend
-        holds_float64 = "cpu" if self.device.type == "mps" else self.device  # MPS lacks float64
+        # Angles far out need float64, which MPS lacks
+        float64_device = "cpu" if self.device.type == "mps" else self.device
         kinds = set(config.layer_kinds)
-        self.frequencies = {kind: frequencies_of(kind, config).to(holds_float64) for kind in kinds}
+        self.frequencies = {kind: frequencies_of(kind, config).to(float64_device) for kind in kinds}
 
         self.lengths = dict.fromkeys(blocks, 0)  # tokens, by block
         self.pages: dict[str, list[int]] = {block: [] for block in blocks}
         self.free: list[int] = []  # pages, lowest first, so that the pool stays dense at its start
-        # For each page of the pool: who owns it (the number of a block), and which of its tokens comes first there
-        self.numbers = {block: number for number, block in enumerate(blocks)}
+        # For each page of the pool: the number of the block that owns it, and the index there of the page's first token
+        self.block_number = {block: number for number, block in enumerate(blocks)}
         self.page_owner = np.zeros(0, dtype=np.int64)
         self.page_start = np.zeros(0, dtype=np.int64)
         self.broken_by: str | None = None  # what failed half-way: see `_changing`
 
         K, D = config.num_key_value_heads, config.head_dim
+        # Empty pools, in the shapes that LayerCache explains
         self.layers = [
             LayerCache(
                 keys=torch.empty(0, K, self.page_size, D, dtype=dtype, device=self.device),
@@ -86,7 +93,7 @@ class Cache:
             self._make_room_for(own_blocks, counts)
             for block, count in zip(own_blocks, counts):
                 self._lengthen(block, count)
-        return self._plan(views, counts)
+            return self._plan(views, counts)
 
     @contextmanager
     def extended(self, views: list[list[str]], counts: list[int]) -> Iterator[Plan]:
@@ -112,11 +119,14 @@ class Cache:
         with self._changing("a move"):
             old_slots = self._slots(source, 0, count)
             try:
+                # New pages first, so that texts keep the places in the pool that they have always had: a recorded run
+                # can then be replayed to the last bit.
                 self._make_room_for([target], [count])
                 self._lengthen(target, count)
                 self._empty(source)
             except InputError:
-                # No memory for more pages: the source's own are taken over. They always suffice.
+                # No memory for more pages: then the source's own are taken over. They suffice, since two texts behind
+                # each other never need more pages than both had.
                 self._empty(source)
                 self._lengthen(target, count)
             new_slots = self._slots(target, start, start + count)
@@ -137,13 +147,13 @@ class Cache:
             turns[kind] = rotation(self._on_device(distance), frequencies, self.compute_dtype)
         for kind, kv in zip(self.config.layer_kinds, self.layers):
             # Indexing copies: all of a layer's tokens are in hand before the first is written.
-            keys = kv.keys[old // self.page_size, :, old % self.page_size].to(self.compute_dtype)
-            values = kv.values[:, old]
+            keys = kv.keys[old // self.page_size, :, old % self.page_size].to(self.compute_dtype)  # [N, K, D]
+            values = kv.values[:, old]  # [K, N, D]
             kv.keys[new // self.page_size, :, new % self.page_size] = rotate(keys, *turns[kind]).to(self.dtype)
             kv.values[:, new] = values
 
     def _clear(self, slots: Tensor) -> None:
-        """Overwrite what a failed step may have left: a slot that nobody sees must still hold finite numbers."""
+        """Overwrite what a failed step may have left: slots that nobody sees are multiplied too, and 0 * NaN is NaN."""
         slots = slots.to(self.device)
         for kv in self.layers:
             kv.keys[slots // self.page_size, :, slots % self.page_size] = 0
@@ -151,9 +161,9 @@ class Cache:
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        """Around every change. One that is cut off half-way leaves a cache that says so, and never wrong logits.
+        """Around every change. If it is cut off half-way, `broken_by` stays set, and the cache refuses further use.
 
-        InputError is raised before anything changes, and breaks nothing.
+        An InputError is raised before any block has changed, and breaks nothing.
         """
         require(self.broken_by is None, f"this cache cannot be used any more: {self.broken_by} was cut off half-way")
         self.broken_by = what
@@ -204,13 +214,16 @@ class Cache:
             length = self.lengths[view[-1]]
             slots += self._slots(view[-1], length - count, length)
 
-        pages_read = 1 + max(max(self.pages[block], default=-1) for block in columns)
-        column_of_number = np.full(len(self.numbers) + 1, NOBODY)  # its last entry stands for NOBODY itself
+        # The pages of the pool up to the highest one that any view needs; those of other blocks among them are UNREAD,
+        # which hides all of their tokens from all rows.
+        page_count = 1 + max(max(self.pages[block], default=-1) for block in columns)
+        column_of_block = np.full(len(self.block_number) + 1, NO_COLUMN)  # one more, which NOBODY, -1, picks: the last
         for block, column in columns.items():
-            column_of_number[self.numbers[block]] = column
-        page_block = column_of_number[self.page_owner[:pages_read]]
-        in_a_view = page_block != NOBODY
-        page_start = np.where(in_a_view, self.page_start[:pages_read], UNREAD)
+            column_of_block[self.block_number[block]] = column
+        page_column = column_of_block[self.page_owner[:page_count]]
+        in_a_view = page_column != NO_COLUMN
+        page_start = np.where(in_a_view, self.page_start[:page_count], UNREAD)
+        # Where one block is all that there is, as for a prompt, a backend may use ordinary attention.
         lone_block_length = self.lengths[views[0][-1]] if len(columns) == 1 else 0
         return Plan(
             offset=torch.from_numpy(np.array(offsets)[worker]),
@@ -218,9 +231,9 @@ class Cache:
             own=torch.from_numpy(own),
             slot=torch.from_numpy(np.array(slots)),
             last=torch.from_numpy(last),
-            page_block=torch.from_numpy(np.where(in_a_view, page_block, 0)),
+            page_block=torch.from_numpy(np.where(in_a_view, page_column, 0)),
             page_start=torch.from_numpy(page_start),
-            pages=torch.from_numpy(np.array([pages_read])),
+            page_count=torch.from_numpy(np.array([page_count])),
             page_size=self.page_size,
             lone_block_length=lone_block_length,
         )
@@ -251,7 +264,7 @@ class Cache:
             claimed = self.free[:missing]
             del self.free[:missing]
             self.pages[block] += claimed
-            self.page_owner[claimed] = self.numbers[block]
+            self.page_owner[claimed] = self.block_number[block]
             self.page_start[claimed] = np.arange(held, held + missing) * self.page_size
         self.lengths[block] = length
 
@@ -279,20 +292,22 @@ class Cache:
             return
         pool = len(self.page_owner)
         try:
-            self._resize_pool(pool + max(pool, missing))  # at least doubled: so a token is copied about once in all
+            self._resize_pool(pool + max(pool, missing))  # at least doubled: so growth copies each token about once
         except InputError:
             self._resize_pool(pool + missing)
 
     def _resize_pool(self, pages: int) -> None:
-        """Give every layer a pool of as many pages, with what it held. Raises InputError where memory is out.
+        """Give every layer a pool of `pages` pages, and copy into it what the old one held.
 
-        Layers that had their turn before it was out are larger than the others, which does no harm.
+        Raises InputError where memory is out. If that is so half-way, the first layers stay larger than the others,
+        which is harmless; a second attempt may make them smaller again.
         """
         K, D = self.config.num_key_value_heads, self.config.head_dim
-        bytes_of_layer = 2 * pages * self.page_size * K * D * self.dtype.itemsize
-        held = 2 * len(self.page_owner) * self.page_size * K * D * self.dtype.itemsize
-        # Layer by layer, the old pool is given back when the new one has been filled.
-        nbytes = len(self.layers) * (bytes_of_layer - held) + held
+        bytes_of_page = 2 * self.page_size * K * D * self.dtype.itemsize  # keys and values
+        new_layer = pages * bytes_of_page
+        old_layer = len(self.page_owner) * bytes_of_page
+        # At the most: all layers have grown, and the last one's old pool has not been given back yet.
+        nbytes = len(self.layers) * (new_layer - old_layer) + old_layer
         with allocating(nbytes, f"a cache of {pages * self.page_size} tokens", self.device):
             for kv in self.layers:
                 # Zeros, since a masked slot still takes part in products, and 0 * NaN is NaN.
@@ -304,7 +319,7 @@ class Cache:
                 kv.keys = keys
                 kv.values = values
         pool = len(self.page_owner)
-        self.free += range(pool, pages)  # higher than all of them
+        self.free += range(pool, pages)  # higher than those that are free already: so they stay in order
         self.page_owner = np.concatenate((self.page_owner, np.full(pages - pool, NOBODY)))
         self.page_start = np.concatenate((self.page_start, np.zeros(pages - pool, dtype=np.int64)))
 

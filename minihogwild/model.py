@@ -39,7 +39,8 @@ def forward(
     """
     backend = cache.backend
     plan = plan.to(cache.device)
-    # What a step needs to know about positions is the same for all layers of a kind: it is computed once.
+    # What a step needs to know about positions is computed once, and not in each layer. Which keys each row may see, in
+    # the form that this backend's attention wants, is the same for all layers; with the rotations, for all of a kind.
     causal_mask = backend.causal_mask(plan, cache.compute_dtype)
     positions = {}
     for kind, frequencies in cache.frequencies.items():
@@ -56,7 +57,7 @@ def transformer_layer(
 ) -> Tensor:
     """[T, E] in and out; the layer's part of the KV cache gets the new keys and values."""
     attended = self_attention(norm(x, layer.attn_norm, config), layer, kv, positions, config, backend)
-    x = x + backend.reduce(attended)
+    x = x + backend.reduce(attended)  # the sum of several GPUs' parts; of one, as it is
     y = norm(x, layer.mlp_norm, config)
     if layer.router is None:
         transformed = mlp(y, layer.gate_up, layer.down, backend)
@@ -75,8 +76,8 @@ def self_attention(
     if layer.q_norm is not None:
         q = norm(q, layer.q_norm, config)
         k = norm(k, layer.k_norm, config)
-    append(kv, k, v, positions)
-    mixed = backend.attend(q, kv, positions, attention_scale(config))  # [T, H, D]
+    append(kv, k, v, positions)  # rotates k to its place in its block
+    mixed = backend.attend(q, kv, positions, attention_scale(config))  # [T, H, D]; rotates q, once for each block
     return backend.linear(mixed.flatten(1), layer.out)
 
 
@@ -88,16 +89,16 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix, backend: PyTorchBackend) -> Te
 
 def mixture_of_experts(x: Tensor, layer: Layer, config: Config, backend: PyTorchBackend) -> Tensor:
     """[T, E] in and out: each token takes the MLPs of its most probable experts, times their probabilities."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    probabilities = F.linear(x, layer.router).softmax(-1, exact)  # [T, X]
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    probabilities = F.linear(x, layer.router).softmax(-1, compute_dtype)  # [T, X]
     shares, chosen = probabilities.topk(config.num_experts_per_tok)  # [T, experts of a token] each
     if config.norm_topk_prob:
         shares = shares / shares.sum(-1, keepdim=True)
-    mixed = torch.zeros_like(x, dtype=exact)
+    mixed = torch.zeros_like(x, dtype=compute_dtype)
     for expert in chosen.unique().tolist():  # waits for the device, but reads no expert that nobody chose
-        token, rank = (chosen == expert).nonzero(as_tuple=True)  # no token twice
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
         transformed = mlp(x[token], layer.gate_up[expert], layer.down[expert], backend)
-        mixed[token] += shares[token, rank, None] * transformed
+        mixed[token] += shares[token, rank, None] * transformed  # no token stands twice in `token`
     return mixed.to(x.dtype)
 
 
@@ -133,7 +134,10 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
 def step_on_device(
     views: list[list[str]], counts: list[int], tokens: Tensor, weights: Weights, config: Config, cache: Cache
 ) -> Tensor:
-    """`step` for ids [T] in one tensor, all workers' behind each other: on a GPU the host need not know them yet."""
+    """`step` for ids [T] of all workers in one tensor, one worker's behind the other's.
+
+    A GPU may still be computing them: so they are not checked.
+    """
     what = f"a step of {len(tokens)} tokens"
     with cache.extended(views, counts) as plan, allocating(memory_of_step(plan, config), what, cache.device):
         on_device = tokens.to(cache.device, non_blocking=True)
@@ -141,7 +145,10 @@ def step_on_device(
 
 
 def memory_of_step(plan: Plan, config: Config) -> int:
-    """Bytes that attention takes in PyTorch, about: for each row and page its scores, in four forms, and its query."""
-    T, P = len(plan.offset), len(plan.page_block)
+    """Bytes that attention takes in PyTorch, about.
+
+    For each row, page and head, in float32: four copies of its scores, and two of the query for that page.
+    """
+    rows, pages = len(plan.offset), len(plan.page_block)
     numbers = 4 * plan.page_size + 2 * config.head_dim
-    return 4 * T * P * config.num_attention_heads * numbers
+    return 4 * rows * pages * config.num_attention_heads * numbers

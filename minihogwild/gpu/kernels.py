@@ -119,7 +119,7 @@ def attend_to_pages(q: Tensor, kv: LayerCache, positions: Positions, scale: floa
     mixed = q.new_empty(shares, K, rows, D, dtype=torch.float32)
     log2_sums = q.new_empty(shares, K, rows, dtype=torch.float32)
     _attend[shares, K, tiles](
-        queries, kv.keys, kv.values, plan.pages, plan.page_block, plan.page_start, plan.visible, mixed, log2_sums,
+        queries, kv.keys, kv.values, plan.page_count, plan.page_block, plan.page_start, plan.visible, mixed, log2_sums,
         SLOTS=kv.values.shape[1], R=rows, B=plan.visible.shape[1], G=H // K, K=K,
         PAGE=kv.keys.shape[2], D=D, WIDTH=max(16, triton.next_power_of_2(D)), TILE=tile,
         num_warps=4, num_stages=2,
@@ -132,7 +132,7 @@ def attend_to_pages(q: Tensor, kv: LayerCache, positions: Positions, scale: floa
 
 @triton.jit(do_not_specialize=["R", "B"])
 def _attend(
-    queries, keys, values, pages, page_block, page_start, visible, mixed, log2_sums, SLOTS, R, B, G, K,
+    queries, keys, values, page_count, page_block, page_start, visible, mixed, log2_sums, SLOTS, R, B, G, K,
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Rows [tile * TILE, (tile + 1) * TILE) of one head over one share of the pages: an online softmax."""
@@ -141,13 +141,13 @@ def _attend(
     row = tl.program_id(2) * TILE + tl.arange(0, TILE)
     place = tl.arange(0, PAGE).to(tl.int64)[:, None]
     d = tl.arange(0, WIDTH)
-    page_count = tl.load(pages)
-    pages_each = tl.cdiv(page_count, tl.num_programs(0))
+    pages = tl.load(page_count)
+    pages_each = tl.cdiv(pages, tl.num_programs(0))
 
     highest = tl.full([TILE], -1e30, tl.float32)  # score so far
     total = tl.zeros([TILE], tl.float32)  # of exp2(score - highest)
     mix = tl.zeros([WIDTH, TILE], tl.float32)  # of values, by the same weights
-    for page in range(share * pages_each, tl.minimum((share + 1) * pages_each, page_count)):
+    for page in range(share * pages_each, tl.minimum((share + 1) * pages_each, pages)):
         block = tl.load(page_block + page)
         # How many of this page's tokens the row may see: all from 0 to PAGE, and beyond on both sides
         seen = tl.load(visible + row // G * B + block, mask=row < R, other=0) - tl.load(page_start + page)
