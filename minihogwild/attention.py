@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .rope import rotate, rotation
 
-# `page_start` of a page that the step does not read: past every token that a row may see
-UNREAD = 2**31 - 1
+# `page_start` of a page that no row of the step may see: its tokens count as past every token that any row may see
+UNSEEN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,24 @@ class Plan:
     own: Tensor  # [T]: the column b of the block that the row's token is written to
     slot: Tensor  # [T]: where in the pool it is written: page * PAGE + place in the page
     last: Tensor  # [W]: the row of each worker's last token
-    page_block: Tensor  # [P]: the column b of the block that owns the page
-    page_start: Tensor  # [P]: which of the block's tokens comes first in the page; UNREAD in pages of other blocks
-    page_count: Tensor  # [1]: P, as a tensor: so a recorded step can read it
+    page_block: Tensor  # [P]: the column b of the block that owns the page; 0 for UNSEEN pages
+    page_start: Tensor  # [P]: which of the block's tokens comes first in the page; UNSEEN for other blocks' pages
+    page_count: Tensor  # [1]: P without padding, as a tensor: so a kernel of a recorded step can read it
     page_size: int  # tokens of a page, "PAGE" in shapes
-    lone_block_length: int  # where the step's views hold one block alone, as for a prompt: its length; else 0
+    lone_block_length: int  # the length, where the step's views hold one block alone, as for a prompt; else 0:
+    # a backend may then use a kernel for ordinary attention (gpu/kernels.py)
 
     def padded(self, blocks: int, pages: int) -> "Plan":
-        """The same plan, on the host, with columns for as many blocks and pages, which nobody sees.
+        """The same plan, on the host, widened to `blocks` and `pages` columns; nobody sees the added ones.
 
-        So all steps of as many rows have tables of the same shapes, as a recorded step needs.
+        So all steps with the same number of rows have tables of the same shapes, as a recorded step needs.
         """
         return replace(
             self,
             offset=padded(self.offset, (len(self.offset), blocks), 0),
             visible=padded(self.visible, (len(self.visible), blocks), 0),
             page_block=padded(self.page_block, (pages,), 0),
-            page_start=padded(self.page_start, (pages,), UNREAD),
+            page_start=padded(self.page_start, (pages,), UNSEEN),
             lone_block_length=0,
         )
 
@@ -107,7 +108,8 @@ class LayerCache:
     """The KV cache of one layer: the pool of pages, shared by all blocks.
 
     Keys lie page by page, since each page meets a query of its own; values head by head, since after the softmax the
-    whole pool is one long row of weights.
+    whole pool is one long row of weights. All slots hold finite numbers, also those that nobody has written: masked
+    ones are multiplied too, and 0 * NaN is NaN.
     """
 
     keys: Tensor  # [pages, K, PAGE, D], each rotated to its position in its block
@@ -123,11 +125,11 @@ class Positions:
     place: Tensor  # [T]: and where in it
     key_rotation: Tensor  # [2, T, 1, D], cos and sin: to the token's index in its own block
     query_rotation: Tensor  # [2, T, B, 1, D], cos and sin: by the distance from each block's start
-    causal_mask: Tensor | None  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere; None: not needed
+    causal_mask: Tensor | None  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere; None from kernels' backend
 
 
 def positions_of(plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dtype: torch.dtype) -> Positions:
-    """`frequencies` [D / 2] are those of a kind of layer; rotations are made in `dtype`."""
+    """`frequencies` [D / 2] are those of a kind of layer, zeros where it has no rope; rotations are made in `dtype`."""
     own = plan.own[:, None]
     index = plan.visible.gather(1, own) - 1  # [T, 1]: a token sees its own block up to and including itself
     position = plan.offset.gather(1, own) + index  # [T, 1]: in its view
@@ -145,7 +147,7 @@ def positions_of(plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dt
 def causal_mask_of(plan: Plan, dtype: torch.dtype) -> Tensor:
     """[T, 1, P, PAGE]: 0 for the keys that a row may see, -inf for all others.
 
-    Causal or not, in whatever view: a key is seen when its index in its block is below `visible`.
+    A key is seen when its index in its block is below `visible`: that covers other blocks as well as the own one.
     """
     place = torch.arange(plan.page_size, device=plan.page_start.device)
     index_of_key = plan.page_start[:, None] + place  # [P, PAGE]
@@ -158,14 +160,14 @@ def causal_mask_of(plan: Plan, dtype: torch.dtype) -> Tensor:
 def append(kv: LayerCache, k: Tensor, v: Tensor, positions: Positions) -> None:
     """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
     rotated = rotate(k.to(positions.key_rotation.dtype), *positions.key_rotation)
-    kv.keys[positions.page, :, positions.place] = rotated.to(kv.keys.dtype)
+    kv.keys[positions.page, :, positions.place] = rotated.to(kv.keys.dtype)  # [T, K, D]: what is indexed comes first
     kv.values[:, positions.plan.slot] = v.transpose(0, 1).to(kv.values.dtype)
 
 
 def rotate_for_each_block(q: Tensor, positions: Positions, K: int) -> Tensor:
     """Queries [T, H, D], as projected, rotated once for each block: [B, K, T, G, D]."""
-    exact = q.to(positions.query_rotation.dtype)
-    rotated = rotate(exact[:, None], *positions.query_rotation)  # [T, B, H, D]
+    q = q.to(positions.query_rotation.dtype)
+    rotated = rotate(q[:, None], *positions.query_rotation)  # [T, B, H, D]
     by_head = rotated.unflatten(2, (K, -1))  # [T, B, K, G, D]
     return by_head.permute(1, 2, 0, 3, 4)
 
@@ -173,10 +175,11 @@ def rotate_for_each_block(q: Tensor, positions: Positions, K: int) -> Tensor:
 def attend(q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
     """Attention of the step's queries, [T, H, D] as projected, over all that they see: [T, H, D].
 
-    Runs in float32 for 16-bit caches: the products then round nothing, and a CPU is no slower at it.
+    Computed in the dtype of mask and rotations, float32 for 16-bit caches: neither rotated queries nor weights are
+    rounded to 16 bits, and a CPU is no slower at it.
     """
     weights = attention_weights(q, kv, positions, scale)
-    return mix_values(weights, kv, positions).to(q.dtype)
+    return mix_values(weights, kv).to(q.dtype)
 
 
 def attention_weights(q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
@@ -192,13 +195,13 @@ def attention_weights(q: Tensor, kv: LayerCache, positions: Positions, scale: fl
     products = torch.bmm(queries.flatten(0, 1).flatten(1, 2), keys.flatten(0, 1).mT)  # [P K, T G, PAGE]
     del queries  # the largest tensor of all where many tokens are prefilled
     products = products.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-    # Written into a tensor in this very order: left alone, the sum would keep the products' order in memory, and
-    # the softmax would have to copy it.
+    # mask + scale * products, written into a new tensor in this very order: left alone, the sum would keep the order
+    # that the products have in memory, and the softmax would have to copy it.
     scores = torch.add(mask, products, alpha=scale, out=products.new_empty(products.shape))
     return scores.flatten(3).softmax(-1)  # over all blocks together
 
 
-def mix_values(weights: Tensor, kv: LayerCache, positions: Positions) -> Tensor:
+def mix_values(weights: Tensor, kv: LayerCache) -> Tensor:
     """The sum of the values by their weights, [K, T, G, P * PAGE]: [T, H, D]."""
     K, T, _, slots = weights.shape
     values = kv.values[:, :slots].to(weights.dtype)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import UNREAD, LayerCache, Plan
+from .attention import UNSEEN, LayerCache, Plan
 from .backend import PyTorchBackend, choose_backend
 from .config import Config
 from .errors import InputError, allocating, require
@@ -214,7 +214,7 @@ class Cache:
             length = self.lengths[view[-1]]
             slots += self._slots(view[-1], length - count, length)
 
-        # The pages of the pool up to the highest one that any view needs; those of other blocks among them are UNREAD,
+        # The pages of the pool up to the highest one that any view needs; those of other blocks among them are UNSEEN,
         # which hides all of their tokens from all rows.
         page_count = 1 + max(max(self.pages[block], default=-1) for block in columns)
         column_of_block = np.full(len(self.block_number) + 1, NO_COLUMN)  # one more, which NOBODY, -1, picks: the last
@@ -222,7 +222,7 @@ class Cache:
             column_of_block[self.block_number[block]] = column
         page_column = column_of_block[self.page_owner[:page_count]]
         in_a_view = page_column != NO_COLUMN
-        page_start = np.where(in_a_view, self.page_start[:page_count], UNREAD)
+        page_start = np.where(in_a_view, self.page_start[:page_count], UNSEEN)
         # Where one block is all that there is, as for a prompt, a backend may use ordinary attention.
         lone_block_length = self.lengths[views[0][-1]] if len(columns) == 1 else 0
         return Plan(

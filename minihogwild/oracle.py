@@ -1,8 +1,8 @@
 """The same mathematics the slow, obvious way, in float64, to hold the engine against.
 
 Keys are kept unrotated. Each worker's view is laid out token by token, at explicit positions 0, 1, 2, ...; every key is
-rotated to its position, and one plain softmax runs over them. A move joins two lists. Nothing is shared with the
-engine but Config and Weights.
+rotated to its position, and one plain softmax runs over them. A move appends one block's keys and values to another's.
+Nothing is shared with the engine but Config and Weights.
 """
 
 import math
@@ -35,7 +35,10 @@ class Oracle:
 
     @torch.no_grad()
     def step(self, views: list[list[str]], tokens: list[list[int]]) -> Tensor:
-        """Logits [W, V] float64 after each worker's last token."""
+        """Logits [W, V] float64 after each worker's last token.
+
+        `views`: for each worker the blocks that it sees, in order, its own last; `tokens`: the ids that it feeds.
+        """
         hidden = []  # for each worker: [n, E], n new tokens
         for ids in tokens:
             hidden.append(self.embed[torch.tensor(ids)])
@@ -83,7 +86,7 @@ class Oracle:
         return q, k, v
 
     def attention(self, number: int, view: list[str], q: Tensor) -> Tensor:
-        """[n, H, D]: a worker's n new tokens, the last of its view, look at all of it but what comes after them."""
+        """[n, H, D]: a worker's n new tokens end its view; each looks at itself and all that stands before it."""
         keys = torch.cat([self.keys[block][number] for block in view])  # [S, K, D], S tokens in the view
         values = torch.cat([self.values[block][number] for block in view])
         S, n = len(keys), len(q)
@@ -98,7 +101,7 @@ class Oracle:
         G = self.config.num_attention_heads // self.config.num_key_value_heads
         keys = keys.repeat_interleave(G, dim=1)  # [S, H, D]
         values = values.repeat_interleave(G, dim=1)
-        scale = yarn_factor(self.config) ** 2 / math.sqrt(self.config.head_dim)
+        scale = yarn_factor(self.config) ** 2 / math.sqrt(self.config.head_dim)  # the factor of both, query and key
         scores = scale * torch.einsum("nhd,shd->hns", q, keys)
         comes_later = positions[None, :] > new_positions[:, None]  # [n, S]
         scores = scores.masked_fill(comes_later, -math.inf)
@@ -188,7 +191,7 @@ def frequencies_of_pairs(config: Config) -> list[float]:
     return frequencies
 
 
-def share_that_is_stretched(pair: int, trained: float, config: Config) -> float:
+def share_that_is_stretched(pair: int, trained_frequency: float, config: Config) -> float:
     """How much of a pair's frequency is divided by `factor`: none of it (0, or less), all (1, or more), or a part."""
     rope = config.rope
     if rope.rope_type == "default":
@@ -196,27 +199,28 @@ def share_that_is_stretched(pair: int, trained: float, config: Config) -> float:
     if rope.rope_type == "linear":
         return 1.0
     if rope.rope_type == "llama3":
-        wavelength = 2 * math.pi / trained
+        wavelength = 2 * math.pi / trained_frequency
         turns = rope.original_max_position_embeddings / wavelength  # in the trained context
         return (rope.high_freq_factor - turns) / (rope.high_freq_factor - rope.low_freq_factor)
-    # yarn: none up to the pair `first`, all from the pair `last` on
+    # yarn: none up to the pair that makes beta_fast turns in the trained context, all from that of beta_slow turns on
     first = pair_that_makes(rope.beta_fast, config)
     last = pair_that_makes(rope.beta_slow, config)
     if rope.truncate:
         first = math.floor(first)
         last = math.ceil(last)
     first = max(first, 0)
-    last = min(last, config.head_dim - 1)
+    last = min(last, config.head_dim - 1)  # as transformers has it, though there are only D / 2 pairs
     width = last - first
     if width == 0:
-        width = 0.001  # one pair to the next then makes all the difference; transformers has the same number
+        width = 0.001  # no division by 0, but a jump from one pair to the next; transformers has the same number
     return (pair - first) / width
 
 
 def pair_that_makes(turns: float, config: Config) -> float:
-    """The pair, as a real number, that makes as many turns in the trained context."""
+    """The pair, as a real number, that makes `turns` turns in the trained context."""
     rope = config.rope
     wavelength = rope.original_max_position_embeddings / turns
+    # A pair's wavelength is 2 pi theta ** (2 pair / D): solved for the pair
     return config.head_dim / 2 * math.log(wavelength / (2 * math.pi), rope.rope_theta)
 
 

@@ -31,17 +31,20 @@ it, as in "**{first} [1]:**".
 The problem:
 
 {problem}"""
-    alone: str = "{problem}"  # the layout independent: plain chat
+    alone: str = "{problem}"  # for the layout "independent": plain chat
     header_others: str = "\n\n### Being written by the others right now\n\n"
     header_own: str = "\n\n### My next paragraph\n\n"
+    # In the layout "contiguous", between the others' whole texts and the own one
     separator: str = "\n\n### My own work\n\n"
     prefix: str = "**{name} [{number}]:**"  # no space at the end: a lone space token derails small models
+    # Once in a while a worker's next paragraph begins with this question, after its prefix
     check: str = " Quick check: am I repeating what somebody else already does? Yes or no:"
+    # What the finisher is given when no steps are left; it goes on from here
     cue: str = "\n\nNo time is left. From all the work above, the final answer is \\boxed{"
     names: tuple[str, ...] = tuple(NAMES.split())
     problem: str = ""  # what is asked where the user asks nothing
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
-    pace: int = 0  # steps a second that an eye can follow, for a run that is drawn on a terminal; 0: as fast as can be
+    pace: int = 0  # at most so many steps a second where the run is drawn, so that an eye can follow; 0: no limit
 
     @property
     def headers(self) -> dict[str, str]:
@@ -54,8 +57,8 @@ The problem:
             kind = type(field.default)
             # By type, not by isinstance: true is no number.
             require(type(value) is kind, f"{field.name} must be a {kind.__name__}, not {value!r}")
-            whole_characters = kind is not str or is_unicode(value)
-            require(whole_characters, f"{field.name} is not valid UTF-8: {value!r}")
+            if kind is str:
+                require(is_unicode(value), f"{field.name} is not valid UTF-8: {value!r}")
         names_are_lines = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
         names_differ = names_are_lines and len(set(self.names)) == len(self.names)
         require(names_differ, f"names must be lines of text that differ, not {list(self.names)}")
@@ -101,9 +104,9 @@ def fill(template: str, **values: object) -> str:
 
 # Ends of sentences in the world's scripts (Unicode's Sentence_Terminal, the common ones, and the ellipsis)
 TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮"
-EMPHASIS = "\"'*_~` "  # looked through at the end of a sentence, as are closing brackets and quotes
+SKIPPED = "\"'*_~` "  # when looking back for the end of a sentence, as are closing brackets and quotes
 # A line that opens or closes a code block: perhaps a list item or a quote, then ``` or ~~~ or more, then at the opening
-# a language. What opens with backticks has none after them.
+# a language. No backtick may follow on the line: that would be code within a sentence.
 FENCE_LINE = re.compile(r"(?:[^\w`~]|\d+[.)])*(?P<fence>`{3,}|~{3,})(?P<language>[^`]*)")
 
 
@@ -148,15 +151,17 @@ def without_code(text: str) -> str | None:
 
 def ends_a_sentence(text: str) -> bool:
     for character in reversed(text.rstrip()):
-        closes_quote_or_bracket = category(character) in ("Pe", "Pf", "Pi")
-        if not closes_quote_or_bracket and character not in EMPHASIS:
+        # Closing brackets and quotes; also opening quotes (Pi), with which some languages close what others open.
+        is_bracket_or_quote = category(character) in ("Pe", "Pf", "Pi")
+        if not is_bracket_or_quote and character not in SKIPPED:
             return character in TERMINATORS
     return False
 
 
 # ---- answers
 
-# `\boxed {`, an escaped character (never the backslash of a \boxed), or a brace
+# `\boxed {`; or an escaped character, but not the backslash of a \boxed, so that `\\boxed{1}`, as some models write it,
+# is still a box; or a brace
 BOX_MARKS = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", re.DOTALL)
 
 
@@ -165,11 +170,11 @@ class BoxedAnswer:
 
     def __init__(self):
         self.text = ""
-        self.read_up_to = 0  # always just behind a closing brace, and so never inside of a mark
+        self.read_up_to = 0  # or just behind a closing brace: no match of BOX_MARKS goes across that point
         self.open_braces: list[int | None] = []  # for each: where the content begins, if it opened a box
 
     def read(self, piece: str) -> str | None:
-        """Add a piece; the answer, if this piece completes one. Of several, the one that begins first."""
+        """Add a piece; the answer, if this piece completes one. Of several that it does, the one that begins first."""
         self.text += piece
         if "}" not in piece:
             return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import require
 
-SORTED = 8192  # tokens that a CPU sorts by probability, where no more are needed: all but the least likely
+SORTED_FIRST = 8192  # how many of the likeliest tokens are sorted; the order of the rest seldom matters
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sampling:
 def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> Tensor:
     """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator): [W] int64.
 
-    -1 where a logit is NaN or inf: told with the ids, so that a GPU is not waited for twice.
+    -1 where a logit is NaN or +inf: no error, so that whoever reads the ids from a GPU learns both at once.
     """
     sound = (logits < torch.inf).all(-1)
     if sampling.temperature == 0:
@@ -38,24 +38,25 @@ def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -
     probabilities, ids = likeliest_first(logits.float(), sampling)
     probabilities = filtered(probabilities, sampling)
 
-    # Walk along the tokens until their probabilities have added up to a random share of the whole. In float32 the sum
-    # would stand still before the unlikely ones, and none of them would ever be drawn; but Apple's GPUs have no more.
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    reached = probabilities.cumsum(-1, dtype=exact)
+    # Walk along the tokens until their probabilities have added up to a random share of the whole. A float32 sum stops
+    # growing when it comes to tiny probabilities, and such tokens would never be drawn; but mps has no float64.
+    widest = torch.float32 if logits.device.type == "mps" else torch.float64
+    reached = probabilities.cumsum(-1, dtype=widest)
     uniform = torch.stack([torch.rand(1, generator=stream) for stream in streams])  # [W, 1]
     share = uniform.to(logits.device, non_blocking=True) * reached[:, -1:]
-    choice = torch.searchsorted(reached, share, right=True)
-    # The product may round up to the sum itself: then it is the last token that was kept.
+    choice = torch.searchsorted(reached, share, right=True)  # right: a share of 0 passes by tokens of probability 0
+    # The product may round up to the sum itself: then it is the last token that was kept, the first to reach the sum.
     last_kept = (reached < reached[:, -1:]).sum(-1, keepdim=True)
     choice = choice.minimum(last_kept)
     return ids.gather(-1, choice)[:, 0].where(sound, -1)
 
 
 def likeliest_first(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities at this temperature, and whose they are, both [W, up to V]: as many sorted as are needed.
+    """Probabilities at this temperature, and the ids of their tokens, both [W, n], sorted as far as is needed.
 
-    A vocabulary of 150,000 takes a CPU 80 ms to sort. Where nothing depends on the order of the unlikely ones, they
-    follow behind the sorted ones, in the vocabulary's order.
+    To sort a vocabulary of 150,000 takes a CPU far longer than all else here. With top-p, only those that it may keep
+    are needed. Without it, the order of the unlikely ones does not matter: they follow behind the sorted ones, in the
+    vocabulary's order (which also lists the sorted ones once more, with probability 0).
     """
     V = logits.shape[-1]
     if sampling.top_k:
@@ -63,30 +64,33 @@ def likeliest_first(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
         return softmax_at(sampling.temperature, logits), ids
 
     probabilities = softmax_at(sampling.temperature, logits)
-    first_ids = logits.topk(min(SORTED, V)).indices
+    first_ids = logits.topk(min(SORTED_FIRST, V)).indices
     first = probabilities.gather(-1, first_ids)
     if sampling.top_p < 1:
-        # On a GPU sorting is cheap, and asking for a number is not: the host would wait.
+        # On a GPU always all: sorting is cheap there, and to ask whether these are enough would make the host wait.
         enough = logits.device.type == "cpu" and bool((first.sum(-1) > sampling.top_p).all())
         if not enough:
             first_ids = logits.topk(V).indices
             first = probabilities.gather(-1, first_ids)
-        return first, first_ids
-    others = probabilities.scatter(-1, first_ids, 0.0)
+        return first, first_ids  # top-p drops all others
+    others = probabilities.scatter(-1, first_ids, 0.0)  # those in `first` must not count twice
     every_id = torch.arange(V, device=logits.device).expand_as(others)
     return torch.cat((first, others), -1), torch.cat((first_ids, every_id), -1)
 
 
 def softmax_at(temperature: float, logits: Tensor) -> Tensor:
-    # The smallest temperature would be 0 in float32; and dividing by it must not overflow for the likeliest token.
-    distance = logits - logits.amax(-1, keepdim=True)
-    return (distance / max(temperature, 1e-30)).softmax(-1)
+    distance = logits - logits.amax(-1, keepdim=True)  # 0 for the likeliest: to divide it cannot overflow
+    not_zero = max(temperature, 1e-30)  # a smaller one would be 0 in float32
+    return (distance / not_zero).softmax(-1)
 
 
 def filtered(probabilities: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [W, n], the likeliest first, with 0 for those that top-p and min-p leave out."""
+    """Probabilities [W, n], the likeliest first, with 0 for those that top-p and min-p leave out.
+
+    Both leave out the unlikely ones, so it is the same in which order they are asked.
+    """
     kept = probabilities >= sampling.min_p * probabilities[:, :1]
     if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities  # of those that are likelier
+        before = probabilities.cumsum(-1) - probabilities  # of all that are likelier: with top-p all are sorted
         kept &= before < sampling.top_p
     return probabilities.where(kept, 0)

@@ -9,8 +9,9 @@ A `Run` computes nothing. It says what it wants to be fed, and is told what came
         token_ids = ...                              # one from each row in decision.rows
         events = run.learn(token_ids)                # what has happened, for whoever watches
 
-`drive` does that with a model and a cache; a test does it with a script, and gpu/pipeline.py in another order, so that
-a GPU need not wait. `for event in Run(...)` takes the right driver. Events are dicts:
+`drive` does that with a model and a cache, and a test with a script. One other order is allowed: the next `next_feed`
+may come before `learn` (decide, next_feed, learn, decide, ...); gpu/pipeline.py uses it, so that a GPU need not wait.
+`for event in Run(...)` takes the right driver. Events are dicts:
 
     {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
     {"do": "move", "from", "to", "worker"}         a finished paragraph went to the common block
@@ -39,7 +40,8 @@ from .prompts import BoxedAnswer, Prompts, fill, paragraph_closed, prompts_of
 from .sampling import Sampling, sample
 
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
-FINISHER_TOKENS = 64
+FINISHER_TOKENS = 64  # that a finisher samples, at most
+MOST_WORKERS = 16
 GREEDY = Sampling()
 
 
@@ -49,16 +51,16 @@ class Writer:
 
     name: str  # as readers know it; its block has a name of its own
     view: list[str]  # the blocks that it sees, in order; the last is the one it writes to
-    random: torch.Generator  # its own stream: what others do changes nothing
+    random: torch.Generator  # its own random numbers: what others draw changes nothing
     stream: TextStream | None = None  # token ids to text, of the paragraph that it is writing
     to_feed: list[int | None] = field(default_factory=list)  # in the next step; [None]: sampled, and not yet known
     feeds_sampled: bool = False  # `to_feed` is a token that it has sampled, and no prefix
-    token_ids: list[int] = field(default_factory=list)  # all of its own: prefixes, and what it sampled
+    token_ids: list[int] = field(default_factory=list)  # all of its own: a worker's prefixes, and what it sampled
     sampled: int = 0  # how many of them it sampled
-    paragraphs: list[str] = field(default_factory=list)  # the sampled text of each; the last one grows
-    boxed: BoxedAnswer = field(default_factory=BoxedAnswer)  # looks for an answer in all of that
-    answer: str | None = None
-    active: bool = True
+    paragraphs: list[str] = field(default_factory=list)  # the sampled text of each, a finisher's after its cue
+    answer_reader: BoxedAnswer = field(default_factory=BoxedAnswer)  # looks for an answer in all of that
+    answer: str | None = None  # never an empty text
+    active: bool = True  # takes part in the next step
 
     @property
     def block(self) -> str:
@@ -90,13 +92,17 @@ class Decision:
     beginnings: list["Beginning"] = field(default_factory=list)  # of new paragraphs: noted when the step is told
 
     @property
-    def streams(self) -> list[torch.Generator]:
+    def generators(self) -> list[torch.Generator]:
         return [writer.random for writer in self.writers]
 
 
 @dataclass
 class Beginning:
-    """A paragraph that a worker is about to begin."""
+    """A paragraph that a worker is about to begin.
+
+    Its prefix is queued when that is decided; but the paragraph belongs to what the worker has written, which `summary`
+    shows at any time, only from when the step is told.
+    """
 
     worker: Writer
     prefix: list[int]  # token ids
@@ -126,7 +132,7 @@ class Run:
         self.backend = choose_backend(model.device, model.dtype) if backend is None else backend
         if layout is None:
             layout = "combined" if workers > 1 else "independent"
-        most = min(len(self.words.names), 16)
+        most = min(len(self.words.names), MOST_WORKERS)
         require(1 <= workers <= most, f"workers is {workers}: it must be from 1 to {most}")
         require(layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
         require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
@@ -137,11 +143,11 @@ class Run:
         self.rules = LAYOUTS[layout]
         self.max_steps = max_steps
         self.seed = seed
-        self.shared = self.rules.prefix  # else the workers know nothing of each other
+        self.shared = self.rules.prefix  # workers who know of each other begin with their names; others need none
 
         names = list(self.words.names[:workers])
-        words = self.words.together if self.shared else self.words.alone
-        text = fill(words, problem=problem, n=workers, names=", ".join(names), first=names[0])
+        template = self.words.together if self.shared else self.words.alone
+        text = fill(template, problem=problem, n=workers, names=", ".join(names), first=names[0])
         self.prompt = model.tokenizer.chat(text)  # token ids
         require(problem.strip() and self.prompt, "the prompt is empty")
         self.headers = {block: model.tokenizer.encode(self.words.headers[block]) for block in self.rules.headers}
@@ -152,9 +158,9 @@ class Run:
         self.blocks = [COMMON, *self.headers, *(writer.block for writer in writers)]
 
         self.lengths = dict.fromkeys(self.blocks, 0)  # of all blocks, after what has been fed and moved
-        self.forward_steps = 0
+        self.forward_steps = 0  # of the workers: without the prompt's and the finishers'
         self.finisher_steps = 0
-        self.steps_begun = 0  # forward steps, and one more while what came of the last is not known
+        self.steps_begun = 0  # of the workers, handed out by `next_feed`; `forward_steps` counts those learned
         self.sampled_since_check = 0
         self.seconds = 0.0  # of the forward steps and all that goes with them, without prefill and finisher
         self.stopped_by: str | None = None
@@ -171,7 +177,7 @@ class Run:
     def _make_worker(self, name: str, names: list[str]) -> Writer:
         others = [block_of(other) for other in names if other != name]
         # No two seeds share a worker's stream
-        random = torch.Generator().manual_seed(self.seed * 16 + names.index(name))
+        random = torch.Generator().manual_seed(self.seed * MOST_WORKERS + names.index(name))
         return Writer(name, self.rules.view(block_of(name), others), random)
 
     def _make_finishers(self, names: list[str]) -> list[Writer]:
@@ -185,7 +191,8 @@ class Run:
                 finisher += "'"
             view = [COMMON, *(block_of(name) for name in seen), f"answer by {finisher}"]
             cue = self.model.tokenizer.encode(self.words.cue)
-            finishers.append(Writer(finisher, view, torch.Generator(), to_feed=cue))
+            draws_nothing = torch.Generator()  # finishers are greedy
+            finishers.append(Writer(finisher, view, draws_nothing, to_feed=cue))
         return finishers
 
     def __iter__(self) -> Iterator[dict]:
@@ -232,12 +239,13 @@ class Run:
             self.steps_begun += 1
             yield feed_of(self._active_workers(), "work")
         self.stopped_by = self.reason_to_stop()
-        if not self.asked_to_stop:
+        if not self.asked_to_stop:  # a signal may have come just now
             yield from self._feed_finishers()
 
     def _feed_prompt(self) -> Iterator[Feed]:
         """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
-        # Alone, a worker goes on from the prompt's last token: each feeds it to a block of its own.
+        # Independent workers sample their first tokens from the prompt's last one. Each feeds it itself, to its own
+        # block: see `_begin_paragraph`.
         prompt = self.prompt if self.shared else self.prompt[:-1]
         chunk = self.backend.prefill_chunk(len(self.prompt), self.model.config)
         for start in range(0, len(prompt), chunk):
@@ -258,18 +266,18 @@ class Run:
             if not any(block in answered for block in finisher.view):
                 writing.append(finisher)
                 self._open_finisher(finisher)
-        unfinished = [worker for worker in self._active_workers() if worker.feeds_sampled]
+        with_unfed_token = [worker for worker in self._active_workers() if worker.feeds_sampled]
         while writing:
-            feed = feed_of(unfinished + writing, "finisher")
-            feed.writers = [None] * len(unfinished) + writing
+            feed = feed_of(with_unfed_token + writing, "finisher")
+            feed.writers = [None] * len(with_unfed_token) + writing
             yield feed
-            unfinished = []
+            with_unfed_token = []
             writing = [finisher for finisher in writing if finisher.active]
 
     def _open_finisher(self, finisher: Writer) -> None:
         cue = self.words.cue
         finisher.paragraphs = [cue]
-        finisher.boxed.read(cue)
+        finisher.answer_reader.read(cue)
         finisher.stream = TextStream(self.model.tokenizer, finisher.to_feed)
         self._waiting_events.append({"do": "text", "worker": finisher.name, "text": cue})
 
@@ -300,7 +308,7 @@ class Run:
                 decision.writers.append(writer)
                 if feed.stage == "work":
                     self.sampled_since_check += 1
-        for writer in decision.writers:
+        for writer in decision.writers:  # from here on, what they have fed stands in the event alone
             writer.to_feed = [None]
             writer.feeds_sampled = True
         self._decision = decision
@@ -314,7 +322,10 @@ class Run:
         return self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1])
 
     def _tokens_fed(self, feed: Feed) -> list[list[int]]:
-        """Of a feed, with ids in the place of those that were not known when it was made."""
+        """Of a feed, with ids in the place of those that were not known when it was made: they are in `to_feed` by now.
+
+        Rows without a writer have no such ids: they are only fed when all is known.
+        """
         known = []
         for writer, ids in zip(feed.writers, feed.tokens):
             by_now = writer.to_feed if None in ids else ids
@@ -351,7 +362,8 @@ class Run:
             worker.stream = TextStream(self.model.tokenizer, prefix)
         else:
             worker.to_feed = self.prompt[-1:]
-            worker.stream = TextStream(self.model.tokenizer, self.prompt[-8:])
+            some_before = self.prompt[-8:]  # enough to tell how the next token reads
+            worker.stream = TextStream(self.model.tokenizer, some_before)
         return Beginning(worker, prefix, {"do": "begin", "worker": worker.name, "text": text})
 
     def _note(self, beginning: "Beginning") -> None:
@@ -377,6 +389,7 @@ class Run:
             if text:
                 texts.append({"do": "text", "worker": writer.name, "text": text})
             if decision.stage == "finisher":
+                # Nobody reads on after a finisher: its end-of-sequence need not be fed.
                 ended = token in self.model.eos or writer.sampled == FINISHER_TOKENS
                 writer.active = not ended and writer.answer is None
         if decision.stage == "work":
@@ -400,10 +413,10 @@ class Run:
         return told
 
     def _require_sound(self, token: int, writer: Writer, decision: Decision) -> None:
+        whose = f"step {self.forward_steps + 1}: {writer.name}'s"
         if decision.stage == "finisher":
-            require(token >= 0, "the finisher's logits are NaN or infinite: try float32")
-        number = self.forward_steps + 1
-        require(token >= 0, f"step {number}: {writer.name}'s logits are NaN or infinite: try float32")
+            whose = "the finisher's"
+        require(token >= 0, f"{whose} logits are NaN or infinite: try float32")
 
     def _take(self, writer: Writer, token: int) -> str:
         """Give a writer the token that was sampled for it; the readable text that this completes."""
@@ -413,7 +426,7 @@ class Run:
         text = writer.stream.next(token)
         writer.paragraphs[-1] += text
         if self.words.boxed and writer.answer is None:
-            writer.answer = writer.boxed.read(text)
+            writer.answer = writer.answer_reader.read(text)
             if writer.answer and not self.shared:
                 writer.active = False  # alone, it would have stopped here
         return text
@@ -422,7 +435,7 @@ class Run:
 
     @property
     def answer(self) -> str | None:
-        """The first found, of the lowest worker; where they are independent, the majority's (of a tie, the first)."""
+        """That of the first worker, in their order, that has one; where they are independent, the most frequent one."""
         found = [writer.answer for writer in self.workers + self.finishers if writer.answer]
         if not found:
             return None
@@ -436,8 +449,11 @@ class Run:
 
     @property
     def can_run_ahead(self) -> bool:
-        """May a step begin before the tokens of the one before are known? It may turn out to be in vain: the answer
-        was there. Where workers are independent that would be some workers' row, and not a whole step."""
+        """May a step begin before the tokens of the one before are known? At most the last one is then thrown away.
+
+        Not where several workers are independent: one that has just answered drops out while others go on, and the step
+        that began without knowing that would hold a row too many.
+        """
         return self.shared or len(self.workers) == 1
 
     def _active_workers(self) -> list[Writer]:
@@ -468,18 +484,18 @@ class Run:
 
     def _outgrows_context(self, lengths: dict[str, int]) -> bool:
         """From blocks this long, would a view outgrow the context in a step, or leave the finisher no room after it?"""
-        fed = dict(lengths)  # after that step
+        after_step = dict(lengths)
         for worker in self._active_workers():
-            fed[worker.block] += len(worker.to_feed)
-        sampled = dict(fed)  # and with what is sampled in it, to be fed together with the finisher's cue
+            after_step[worker.block] += len(worker.to_feed)
+        with_sampled = dict(after_step)  # in that step, to be fed together with the finisher's cue
         for worker in self._active_workers():
-            sampled[worker.block] += 1
+            with_sampled[worker.block] += 1
         context = self.model.config.context
         for worker in self._active_workers():
-            if sum(fed[block] for block in worker.view) > context:
+            if sum(after_step[block] for block in worker.view) > context:
                 return True
         for finisher in self.finishers:
-            seen = sum(sampled[block] for block in finisher.view)
+            seen = sum(with_sampled[block] for block in finisher.view)
             if seen + len(finisher.to_feed) + FINISHER_TOKENS > context:
                 return True
         return False
@@ -529,7 +545,7 @@ def drive(run: Run, cache: Cache) -> Iterator[dict]:
     """Run to the end, a step at a time. Yields the run's events; a step's event also holds its "logits", [W, V]."""
     while (feed := run.next_feed()) is not None:
         yield from run.tell_waiting()
-        if not run.asked_to_stop:
+        if not run.asked_to_stop:  # by whoever has just read these events
             yield from take_step(run, cache, feed)
     yield from run.tell_waiting()
 
@@ -553,9 +569,12 @@ def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
     if not decision.rows:
         return torch.zeros(0, dtype=torch.int64)
     rows = torch.tensor(decision.rows).to(logits.device, non_blocking=True)
-    return sample(logits[rows], decision.sampling, decision.streams)
+    return sample(logits[rows], decision.sampling, decision.generators)
 
 
 def with_logits(events: list[dict], logits: Tensor) -> Iterator[dict]:
     for event in events:
-        yield event | {"logits": logits} if event["do"] == "step" else event
+        if event["do"] == "step":
+            yield {**event, "logits": logits}
+        else:
+            yield event

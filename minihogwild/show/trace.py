@@ -72,7 +72,7 @@ class Onlooker(PyTorchBackend):
             return self.backend.attend(q, kv, positions, scale)
         weights = attention_weights(q, kv, positions, scale)  # [K, T, G, slots]
         self.show(weights.transpose(0, 1).flatten(1, 2))  # [T, H, slots]
-        return mix_values(weights, kv, positions).to(q.dtype)
+        return mix_values(weights, kv).to(q.dtype)
 
 
 class Tokens:
