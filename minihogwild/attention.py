@@ -6,7 +6,7 @@ one softmax. So each key and value is read once a step, and not once a worker. (
 pass, as an online softmax.)
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from .rope import rotate, rotation
 
 # `page_start` of a page that no row of the step may see: its tokens count as past every token that any row may see
 UNSEEN = 2**31 - 1
+
+# The fields of Plan that are tensors
+TABLES = ("offset", "visible", "own", "slot", "last", "page_block", "page_start", "page_count")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,7 @@ class Plan:
         )
 
     def tensors(self) -> list[Tensor]:
-        values = [getattr(self, field.name) for field in fields(self)]
-        return [value for value in values if isinstance(value, Tensor)]
+        return [getattr(self, name) for name in TABLES]
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan on a device, sent in one transfer that the host does not wait for."""
@@ -67,34 +69,37 @@ class Plan:
     def packed_size(self) -> int:
         return sum(rounded_up(tensor.numel()) for tensor in self.tensors())
 
-    def pack(self, into: Tensor) -> None:
-        """Write all tensors into one of `packed_size()`, on the host, one behind the other.
+    def pack(self, into: Tensor, shapes: "Plan | None" = None) -> None:
+        """Write all tensors into one, on the host, one behind the other; each padded to its shape in the plan `shapes`.
 
         By NumPy: PyTorch may hand even small copies to its thread pool, and a step must not wait for threads.
         """
         target = into.numpy()
+        larger_ones = self.tensors() if shapes is None else shapes.tensors()
         start = 0
-        for tensor in self.tensors():
-            target[start : start + tensor.numel()] = tensor.numpy().reshape(-1)
-            start += rounded_up(tensor.numel())
+        for tensor, larger in zip(self.tensors(), larger_ones):
+            stop = start + larger.numel()
+            place = target[start:stop].reshape(larger.shape)
+            if tensor.shape != larger.shape:
+                place.fill(UNSEEN if tensor is self.page_start else 0)
+            place[tuple(map(slice, tensor.shape))] = tensor.numpy()
+            start = rounded_up(stop)
 
     def unpack(self, packed: Tensor) -> "Plan":
         """This plan with the tensors that were packed into one, as views of it."""
         found = {}
         start = 0
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if isinstance(tensor, Tensor):
-                found[field.name] = packed[start : start + tensor.numel()].view(tensor.shape)
-                start += rounded_up(tensor.numel())
+        for name, tensor in zip(TABLES, self.tensors()):
+            stop = start + tensor.numel()
+            found[name] = packed[start:stop].view(tensor.shape)
+            start = rounded_up(stop)
         return replace(self, **found)
 
 
 def padded(table: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
     """The table, in the corner of a larger one that is else filled with `value`."""
     larger = np.full(shape, value, dtype=np.int64)
-    corner = tuple(slice(size) for size in table.shape)
-    larger[corner] = table.numpy()
+    larger[tuple(map(slice, table.shape))] = table.numpy()
     return torch.from_numpy(larger)
 
 

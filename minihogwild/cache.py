@@ -187,32 +187,27 @@ class Cache:
             for block in view:
                 columns.setdefault(block, len(columns))
 
-        # A row for each worker: where each block starts in its view, and how long it is; 0 for blocks out of view.
-        offsets, lengths = [], []
-        for view in views:
-            offset_row, length_row = [0] * len(columns), [0] * len(columns)
+        # A row for each token: where each block starts in its view, and how many of its tokens may be seen; 0 and 0
+        # for blocks out of view.
+        offset, visible, own, last, slots = [], [], [], [], []
+        for view, count in zip(views, counts):
+            starts, lengths = [0] * len(columns), [0] * len(columns)
             start = 0
             for block in view:
-                offset_row[columns[block]] = start
-                length_row[columns[block]] = self.lengths[block]
+                starts[columns[block]] = start
+                lengths[columns[block]] = self.lengths[block]
                 start += self.lengths[block]
-            offsets.append(offset_row)
-            lengths.append(length_row)
-
-        # A row for each token: as its worker's, but of its own block it sees itself and what stands before it, and not
-        # what comes later. That is all there is to a causal mask.
-        worker = np.repeat(np.arange(len(views)), counts)  # [T]
-        token = np.arange(len(worker))
-        own = np.array([columns[view[-1]] for view in views])[worker]
-        last = np.cumsum(counts) - 1
-        tokens_that_come_later = last[worker] - token
-        visible = np.array(lengths)[worker]
-        visible[token, own] -= tokens_that_come_later
-
-        slots = []
-        for view, count in zip(views, counts):
-            length = self.lengths[view[-1]]
-            slots += self._slots(view[-1], length - count, length)
+            own_column = columns[view[-1]]
+            own_length = lengths[own_column]
+            for index in range(own_length - count, own_length):
+                # Of its own block, a token sees itself and what stands before it: all there is to a causal mask.
+                seen = lengths.copy()
+                seen[own_column] = index + 1
+                visible.append(seen)
+                offset.append(starts)
+                own.append(own_column)
+            slots += self._slots(view[-1], own_length - count, own_length)
+            last.append(len(own) - 1)
 
         # The pages of the pool up to the highest one that any view needs; those of other blocks among them are UNSEEN,
         # which hides all of their tokens from all rows.
@@ -226,11 +221,11 @@ class Cache:
         # Where one block is all that there is, as for a prompt, a backend may use ordinary attention.
         lone_block_length = self.lengths[views[0][-1]] if len(columns) == 1 else 0
         return Plan(
-            offset=torch.from_numpy(np.array(offsets)[worker]),
-            visible=torch.from_numpy(visible),
-            own=torch.from_numpy(own),
+            offset=torch.from_numpy(np.array(offset)),
+            visible=torch.from_numpy(np.array(visible)),
+            own=torch.from_numpy(np.array(own)),
             slot=torch.from_numpy(np.array(slots)),
-            last=torch.from_numpy(last),
+            last=torch.from_numpy(np.array(last)),
             page_block=torch.from_numpy(np.where(in_a_view, page_column, 0)),
             page_start=torch.from_numpy(page_start),
             page_count=torch.from_numpy(np.array([page_count])),

@@ -28,6 +28,7 @@ class Recording:
     graph: torch.cuda.CUDAGraph
     tokens: Tensor  # [T]: what it reads
     packed_plan: Tensor  # what it reads, too: see Plan.pack
+    plan: Plan  # the same as a plan, in the shapes that it was recorded with
     logits: Tensor  # [W, V]: what it writes
 
 
@@ -46,14 +47,14 @@ class RecordedSteps:
         pages = len(cache.page_owner)
         if cache is not self.cache or pages != self.pages:
             self.cache, self.pages, self.by_rows = cache, pages, {}
-        plan = plan.padded(blocks=len(cache.lengths), pages=pages)
         rows = len(tokens)
         if rows not in self.by_rows:
-            self.by_rows[rows] = record(forward, tokens, weights, config, cache, plan)
+            padded_plan = plan.padded(blocks=len(cache.lengths), pages=pages)
+            self.by_rows[rows] = record(forward, tokens, weights, config, cache, padded_plan)
         recording = self.by_rows[rows]
         recording.tokens.copy_(tokens)
-        packed = torch.empty(plan.packed_size(), dtype=torch.int64, pin_memory=True)
-        plan.pack(packed)
+        packed = torch.empty(len(recording.packed_plan), dtype=torch.int64, pin_memory=True)
+        plan.pack(packed, shapes=recording.plan)
         recording.packed_plan.copy_(packed, non_blocking=True)
         recording.graph.replay()
         return recording.logits.clone()  # the next step writes its own to the same place
@@ -76,7 +77,7 @@ def record(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = forward(tokens, weights, config, cache, plan, compiled)
-    return Recording(graph, tokens, packed_plan, logits)
+    return Recording(graph, tokens, packed_plan, plan, logits)
 
 
 def layer_bytes(layer: Layer) -> int:
