@@ -1,0 +1,109 @@
+"""Ctrl-C, a closed terminal, a polite kill: the run ends at a step's end, and everything that was computed is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minihogwild.interrupts import SIGNALS, Interrupts
+
+COMMAND = [sys.executable, "-m", "minihogwild.generate", "--device", "cpu"]
+
+
+def start(*options: object) -> subprocess.Popen:
+    """The command as a process that answers Ctrl-C, whatever the tests' own shell has switched off."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, options)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def sampled_in(record: Path) -> int:
+    steps = [event for event in json.loads(record.read_text())["events"] if event["do"] == "step"]
+    return sum(token is not None for step in steps for token in step["sampled"])
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_the_run_and_result_and_record_tell_of_the_same_tokens(tmp_path, number):
+    files = tmp_path / "result.json", tmp_path / "record.json"
+    with start("--pace", 30, "--json", files[0], "--record", files[1]) as running:
+        assert running.stdout.readline()  # the problem: the run is about to begin
+        while "Alice:" not in running.stdout.readline():
+            pass
+        running.send_signal(number)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert "stopped by interrupt" in err
+    result = json.loads(files[0].read_text())
+    assert result["stopped_by"] == "interrupt"
+    assert 0 < result["tokens"] < 422
+    assert result["tokens"] == sampled_in(files[1])
+
+
+def test_a_second_signal_loses_nothing_either(tmp_path):
+    files = tmp_path / "result.json", tmp_path / "record.json"
+    with start("--pace", 30, "--json", files[0], "--record", files[1]) as running:
+        while "Alice:" not in running.stdout.readline():
+            pass
+        for _ in range(3):
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode in (130, -signal.SIGINT)  # the last one may come when all is done
+    assert "Traceback" not in err
+    assert json.loads(files[0].read_text())["tokens"] == sampled_in(files[1])
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8])
+def test_in_the_first_moments_there_is_no_traceback(seconds):
+    """PyTorch is being imported."""
+    with start("--max-steps", 1000) as running:
+        time.sleep(seconds)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in err
+
+
+def test_the_first_signal_asks_and_the_second_cuts_off_unless_all_is_being_kept():
+    asked = []
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(lambda: asked.append(True)) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signals.keep_all()
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_wait_ends_when_a_signal_comes():
+    with Interrupts(lambda: None) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        began = time.monotonic()
+        signals.sleep(30)
+        assert time.monotonic() - began < 10
+
+
+def test_what_is_ignored_stays_ignored():
+    """As `nohup` asks for it, or a shell for what runs in the background."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Interrupts(lambda: pytest.fail("asked to end")):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
