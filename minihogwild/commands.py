@@ -57,6 +57,9 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
             raise
         print(f"{parser.prog}: {message_of(error)}", file=sys.stderr)
         return CANNOT_BE_DONE
+    finally:
+        if is_whole_program:
+            interrupts.end_at_once()
 
 
 def replace_what_the_terminal_cannot_show() -> None:

@@ -12,9 +12,13 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def end_at_once() -> None:
-    """Until a command is ready to answer Ctrl-C, it ends the process, without a traceback."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """From here on each of the signals ends the process, without a traceback.
+
+    So it is before a command is ready to answer them, and when it has done all and Python only cleans up.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def raise_keyboard_interrupt() -> None:

@@ -67,6 +67,22 @@ def test_a_second_signal_loses_nothing_either(tmp_path):
     assert json.loads(files[0].read_text())["tokens"] == sampled_in(files[1])
 
 
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_when_all_is_done_a_signal_leaves_no_traceback(number):
+    """Python still cleans up then, and what it calls can't know of KeyboardInterrupt."""
+    program = f"""
+import atexit, os, signal, sys
+from minihogwild.commands import Parser, run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: os.kill(os.getpid(), {int(number)}))
+sys.argv = ["test"]
+run_command(lambda options: 0, Parser("test"), None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -number
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("seconds", [0.3, 0.8])
 def test_in_the_first_moments_there_is_no_traceback(seconds):
     """PyTorch is being imported."""
