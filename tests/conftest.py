@@ -13,6 +13,7 @@ import smollm2
 import tiny
 import torch
 from examples import PROFILE
+from packaged import Unavailable
 
 from minihogwild import Model
 
@@ -41,5 +42,5 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct; skips where it is neither kept from an earlier run nor to be downloaded."""
     try:
         return smollm2.folder()
-    except smollm2.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(f"no SmolLM2 to test with: {error}")

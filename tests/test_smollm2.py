@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import smollm2
 import torch
+from packaged import Unavailable
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
@@ -83,7 +84,7 @@ def test_no_package_index_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(smollm2.Unavailable, match=r"downloaded: ERROR: No matching distribution"):
+    with pytest.raises(Unavailable, match=r"downloaded: ERROR: No matching distribution"):
         smollm2.folder()
     assert not list((tmp_path / "minihogwild").iterdir())
 
