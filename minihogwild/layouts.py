@@ -18,6 +18,32 @@ def block_of(writer: str) -> str:
     return f"text of {writer}"
 
 
+def role_block_of(worker: str) -> str:
+    """The block that this worker alone sees: which part it is to play."""
+    return f"role of {worker}"
+
+
+def with_role(view: list[str], role: str) -> list[str]:
+    """The view with the worker's role behind the common block."""
+    behind_common = view.index(COMMON) + 1
+    return [*view[:behind_common], role, *view[behind_common:]]
+
+
+def last_token_block_of(worker: str) -> str:
+    """Where a copy of a worker's last token stands while a finisher is asked in the midst of a run."""
+    return f"last token of {worker}"
+
+
+def with_last_tokens(view: list[str], last_tokens: dict[str, str]) -> list[str]:
+    """The view with, behind each block that is a key of `last_tokens`, the block that it gives."""
+    longer = []
+    for block in view:
+        longer.append(block)
+        if block in last_tokens:
+            longer.append(last_tokens[block])
+    return longer
+
+
 @dataclass(frozen=True)
 class Layout:
     """`view(own, others)` lists the blocks that a worker sees; it writes to the last one, `own`."""

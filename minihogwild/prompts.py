@@ -1,4 +1,4 @@
-"""The words that make workers cooperate, as data; and how their text is read: paragraphs, boxed answers."""
+"""The words that make workers cooperate, as data; and how their text is read: paragraphs, answers, "all done"."""
 
 import re
 from dataclasses import dataclass, fields
@@ -41,7 +41,23 @@ The problem:
     check: str = " Quick check: am I repeating what somebody else already does? Yes or no:"
     # What the finisher is given when no steps are left; it goes on from here
     cue: str = "\n\nNo time is left. From all the work above, the final answer is \\boxed{"
+    # What a finisher samples at most; the paper takes 16 tokens for a number, 64 for a formula, 1,024 for a program
+    finisher_tokens: int = 64
     names: tuple[str, ...] = tuple(NAMES.split())
+    # A private text for each worker, in the order of `names`, that only this worker sees; those beyond have none
+    roles: tuple[str, ...] = ()
+    # Names of workers that do not see what the others are writing (but in combined and interleaved what has moved)
+    unaware: tuple[str, ...] = ()
+    # What the reply begins with, before any worker writes; auto: "<think>\n" for a model that thinks before it answers,
+    # if its chat template does not begin with that itself
+    opening: str = "auto"
+    # A worker may end its text by itself, by end-of-sequence. Untrained models do so too early: without this, no token
+    # is sampled that ends anything, or that has no text (end-of-sequence, beginning-of-sequence, </think>, ...)
+    may_end: bool = False
+    # No token is sampled whose text contains one of these
+    banned: tuple[str, ...] = ()
+    # By writing this, a worker says that nothing is left to do, and retires; "": there is no such word
+    done: str = ""
     problem: str = ""  # what is asked where the user asks nothing
     boxed: bool = True  # a \boxed{...} in what a worker writes is the answer, and ends the run
     pace: int = 0  # at most so many steps a second where the run is drawn, so that an eye can follow; 0: no limit
@@ -55,15 +71,29 @@ The problem:
         for field in fields(self):
             value = getattr(self, field.name)
             kind = type(field.default)
+            name_of_kind = "list" if kind is tuple else kind.__name__
             # By type, not by isinstance: true is no number.
-            require(type(value) is kind, f"{field.name} must be a {kind.__name__}, not {value!r}")
+            require(type(value) is kind, f"{field.name} must be a {name_of_kind}, not {value!r}")
             if kind is str:
-                require(is_unicode(value), f"{field.name} is not valid UTF-8: {value!r}")
-        names_are_lines = all(isinstance(name, str) and name and name.isprintable() for name in self.names)
+                require_text(value, field.name)
+            elif kind is tuple:
+                for text in value:
+                    require_text(text, field.name)
+        names_are_lines = all(name and name.isprintable() for name in self.names)
         names_differ = names_are_lines and len(set(self.names)) == len(self.names)
         require(names_differ, f"names must be lines of text that differ, not {list(self.names)}")
         require(self.prefix.strip() and self.cue.strip(), "prefix and cue must not be empty")
         require(0 <= self.pace <= 1000, f"pace must be from 0 to 1000 steps a second, not {self.pace}")
+        require(self.finisher_tokens >= 1, f"finisher_tokens must be at least 1, not {self.finisher_tokens}")
+        require(all(self.banned), "banned must not have an empty text: every token contains that")
+        unknown = [name for name in self.unaware if name not in self.names]
+        require(not unknown, f"unaware: {unknown} are not among the names")
+        require(len(self.roles) <= len(self.names), f"{len(self.roles)} roles, but only {len(self.names)} names")
+
+
+def require_text(value: object, name: str) -> None:
+    require(type(value) is str, f"{name} must be texts, not {value!r}")
+    require(is_unicode(value), f"{name} is not valid UTF-8: {value!r}")
 
 
 def is_unicode(text: str) -> bool:
@@ -78,8 +108,9 @@ def is_unicode(text: str) -> bool:
 def load_prompts(path: Path) -> Prompts:
     """Prompts with the fields that a JSON file gives; the others keep their defaults."""
     given = read_json(path)
-    if isinstance(given.get("names"), list):
-        given["names"] = tuple(given["names"])
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
     with refusing(path):
         return Prompts(**given)
 
@@ -156,6 +187,11 @@ def ends_a_sentence(text: str) -> bool:
         if not is_bracket_or_quote and character not in SKIPPED:
             return character in TERMINATORS
     return False
+
+
+def says_done(text: str, done: str) -> bool:
+    """Does the text end with the words by which a worker says that nothing is left?"""
+    return done != "" and text.rstrip().lower().endswith(done.lower())
 
 
 # ---- answers

@@ -9,17 +9,18 @@ A `Run` computes nothing. It says what it wants to be fed, and is told what came
         token_ids = ...                              # one from each row in decision.rows
         events = run.learn(token_ids)                # what has happened, for whoever watches
 
-`drive` does that with a model and a cache, and a test with a script. One other order is allowed: the next `next_feed`
+`drive` does that with a model and a cache, `drive_together` for several runs at once, and a test with a script. One other order is allowed: the next `next_feed`
 may come before `learn` (decide, next_feed, learn, decide, ...); gpu/pipeline.py uses it, so that a GPU need not wait.
 `for event in Run(...)` takes the right driver. Events are dicts:
 
     {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
     {"do": "move", "from", "to", "worker"}         a finished paragraph went to the common block
+    {"do": "drop", "block"}                        a block was emptied: what a finisher wrote at a budget
     {"do": "begin", "worker", "text"}              a prefix was queued (empty where workers are independent)
     {"do": "text", "worker", "text"}               readable text grew; of a finisher, the cue comes first
     {"do": "retire", "worker"}                     the worker has ended its text
 
-The steps and moves, in order, are a schedule that can be replayed.
+The steps, moves and drops, in order, are a schedule that can be replayed.
 """
 
 import time
@@ -33,14 +34,13 @@ from torch import Tensor
 from .backend import PyTorchBackend, choose_backend
 from .cache import Cache
 from .errors import require
-from .hub import Model, TextStream
-from .layouts import COMMON, LAYOUTS, block_of
+from .hub import END_OF_THINK, Model, TextStream, opening_of
+from .layouts import COMMON, LAYOUTS, block_of, last_token_block_of, role_block_of, with_last_tokens, with_role
 from .model import step
-from .prompts import BoxedAnswer, Prompts, fill, paragraph_closed, prompts_of
+from .prompts import BoxedAnswer, Prompts, fill, paragraph_closed, prompts_of, says_done
 from .sampling import Sampling, sample
 
 CHECK_AFTER = 1024  # tokens sampled by all workers between two redundancy checks
-FINISHER_TOKENS = 64  # that a finisher samples, at most
 MOST_WORKERS = 16
 GREEDY = Sampling()
 
@@ -75,6 +75,7 @@ class Feed:
     tokens: list[list[int | None]]  # None: the id sampled last for this worker, which is not known yet
     stage: str  # prompt, work or finisher
     writers: list[Writer | None]  # by row; None where nothing follows, as for the prompt
+    drops: list[str] = field(default_factory=list)  # blocks to be emptied before the pass
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Decision:
     rows: list[int] = field(default_factory=list)  # from which rows of the logits,
     writers: list[Writer] = field(default_factory=list)  # and for whom
     moves: list[tuple[str, str]] = field(default_factory=list)  # blocks, from and to: to be made before the next pass
+    banned: Tensor | None = None  # ids [n] that must not be sampled, on the model's device
 
     stage: str = "work"  # as in Feed
     step_event: dict = field(default_factory=dict)
@@ -126,6 +128,8 @@ class Run:
         seed: int = 0,
         prompts: Prompts | None = None,  # None: the model's own, or the default
         backend: PyTorchBackend | None = None,  # None: the fastest that there is
+        # Numbers of forward steps, increasing, after which a finisher is asked; what follows does not depend on that
+        budgets: tuple[int, ...] = (),
     ):
         self.words = prompts_of(model.folder) if prompts is None else prompts
         self.sampling = model.sampling if sampling is None else sampling
@@ -137,6 +141,8 @@ class Run:
         require(layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
         require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
         require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
+        in_order = list(budgets) == sorted(set(budgets)) and all(1 <= budget <= max_steps for budget in budgets)
+        require(in_order, f"budgets are {list(budgets)}: they must increase, from 1 to max_steps, {max_steps}")
         self.model = model
         self.problem = problem
         self.layout = layout
@@ -146,16 +152,28 @@ class Run:
         self.shared = self.rules.prefix  # workers who know of each other begin with their names; others need none
 
         names = list(self.words.names[:workers])
+        encode = model.tokenizer.encode
         template = self.words.together if self.shared else self.words.alone
         text = fill(template, problem=problem, n=workers, names=", ".join(names), first=names[0])
         self.prompt = model.tokenizer.chat(text)  # token ids
         require(problem.strip() and self.prompt, "the prompt is empty")
-        self.headers = {block: model.tokenizer.encode(self.words.headers[block]) for block in self.rules.headers}
+        if self.shared:
+            self.prompt = self.prompt + self._opening()
+        self.headers = {block: encode(self.words.headers[block]) for block in self.rules.headers}
+        self.roles = {}  # token ids, by block
+        if self.shared:
+            for name, role in zip(names, self.words.roles):
+                self.roles[role_block_of(name)] = encode(fill(role, name=name, problem=problem))
         self.workers = [self._make_worker(name, names) for name in names]
-        asks_for_answer = self.words.boxed and "\\boxed" in text
-        self.finishers = self._make_finishers(names) if asks_for_answer else []
+        self.budgets = budgets
+        self.asks_for_answer = budgets != () or (self.words.boxed and "\\boxed" in text)
+        self.finishers = self._make_finishers() if self.asks_for_answer else []
+        self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
+        self.banned = self._banned_tokens() if self.shared and not self.words.may_end else None
         writers = self.workers + self.finishers
-        self.blocks = [COMMON, *self.headers, *(writer.block for writer in writers)]
+        self.blocks = [COMMON, *self.headers, *self.roles, *(writer.block for writer in writers)]
+        if budgets:
+            self.blocks += [last_token_block_of(name) for name in names]
 
         self.lengths = dict.fromkeys(self.blocks, 0)  # of all blocks, after what has been fed and moved
         self.forward_steps = 0  # of the workers: without the prompt's and the finishers'
@@ -173,15 +191,20 @@ class Run:
         self._fed: Feed | None = None  # the last one; decided on next
         self._decision: Decision | None = None  # the last one; its tokens are learned next
         self._waiting_events: list[dict] = []  # told by `tell_waiting`, or else by the next `learn`
+        self._to_drop: list[str] = []  # blocks, before the next pass
 
     def _make_worker(self, name: str, names: list[str]) -> Writer:
-        others = [block_of(other) for other in names if other != name]
+        others = [block_of(other) for other in names if other != name and name not in self.words.unaware]
+        view = self.rules.view(block_of(name), others)
+        if role_block_of(name) in self.roles:
+            view = with_role(view, role_block_of(name))
         # No two seeds share a worker's stream
         random = torch.Generator().manual_seed(self.seed * MOST_WORKERS + names.index(name))
-        return Writer(name, self.rules.view(block_of(name), others), random)
+        return Writer(name, view, random)
 
-    def _make_finishers(self, names: list[str]) -> list[Writer]:
+    def _make_finishers(self) -> list[Writer]:
         """One who sees all workers; where they are independent, one for each."""
+        names = [worker.name for worker in self.workers]
         seen_by = {"finisher": names}
         if not self.shared:
             seen_by = {f"finisher of {name}": [name] for name in names}
@@ -194,6 +217,28 @@ class Run:
             draws_nothing = torch.Generator()  # finishers are greedy
             finishers.append(Writer(finisher, view, draws_nothing, to_feed=cue))
         return finishers
+
+    def _opening(self) -> list[int]:
+        """Token ids that the reply begins with, before any worker writes."""
+        text = self.words.opening
+        if text == "auto":
+            text = opening_of(self.model.tokenizer, self.prompt)
+        return self.model.tokenizer.encode_control(text)
+
+    def _banned_tokens(self) -> Tensor:
+        """Ids that no worker may sample: what ends a text, what has none, and what the words forbid besides."""
+        tokenizer = self.model.tokenizer
+        banned = {*self.model.eos, *tokenizer.hidden}
+        if END_OF_THINK in tokenizer.control:
+            banned.add(tokenizer.control[END_OF_THINK])
+        if self.words.banned:
+            for token, text in enumerate(tokenizer.texts):
+                if any(part in text for part in self.words.banned):
+                    banned.add(token)
+        vocab_size = self.model.config.vocab_size
+        ids = sorted(token for token in banned if token < vocab_size)
+        require(len(ids) < vocab_size, "the bans leave no token that could be sampled")
+        return torch.tensor(ids, dtype=torch.int64, device=self.model.device)
 
     def __iter__(self) -> Iterator[dict]:
         """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
@@ -220,9 +265,19 @@ class Run:
             return None
         self._fed = next(self._feeds, None)
         if self._fed is not None:
+            self._fed.drops = self._dropped()
             for view, ids in zip(self._fed.views, self._fed.tokens):
                 self.lengths[view[-1]] += len(ids)
         return self._fed
+
+    def _dropped(self) -> list[str]:
+        """The blocks that are to be emptied now."""
+        drops = self._to_drop
+        self._to_drop = []
+        for block in drops:
+            self.lengths[block] = 0
+            self._waiting_events.append({"do": "drop", "block": block})
+        return drops
 
     def stop(self) -> None:
         """Ask it to end when the step that is under way has been told: no other follows, nor a finisher."""
@@ -236,43 +291,66 @@ class Run:
             self._note(beginning)
             self._waiting_events.append(beginning.event)
         while self.reason_to_stop() is None:
+            if self.steps_begun in self.budgets:
+                yield from self._ask_at_budget()
             self.steps_begun += 1
             yield feed_of(self._active_workers(), "work")
         self.stopped_by = self.reason_to_stop()
         if not self.asked_to_stop:  # a signal may have come just now
-            yield from self._feed_finishers()
+            yield from self._feed_finishers(self.finishers, {})
 
     def _feed_prompt(self) -> Iterator[Feed]:
-        """The prompt in chunks, then all headers in one step. Neither is ever computed again."""
+        """The prompt in chunks, then all headers and roles in one step. None of it is ever computed again."""
         # Independent workers sample their first tokens from the prompt's last one. Each feeds it itself, to its own
         # block: see `_begin_paragraph`.
         prompt = self.prompt if self.shared else self.prompt[:-1]
         chunk = self.backend.prefill_chunk(len(self.prompt), self.model.config)
         for start in range(0, len(prompt), chunk):
             yield Feed([[COMMON]], [prompt[start : start + chunk]], "prompt", [None])
-        headers = {block: ids for block, ids in self.headers.items() if ids}
-        if headers:
-            views = [[COMMON, block] for block in headers]
-            yield Feed(views, list(headers.values()), "prompt", [None] * len(headers))
+        fixed_texts = {block: ids for block, ids in (self.headers | self.roles).items() if ids}
+        if fixed_texts:
+            views = [[COMMON, block] for block in fixed_texts]
+            yield Feed(views, list(fixed_texts.values()), "prompt", [None] * len(fixed_texts))
 
-    def _feed_finishers(self) -> Iterator[Feed]:
-        """Where there is no answer and the prompt asks for one: ask for it, over all that has been written.
+    def _ask_at_budget(self) -> Iterator[Feed]:
+        """Ask finishers in the midst of the run; all that this writes is dropped before the next step.
 
-        What was sampled last and has not been fed goes in together with the cue.
+        Each worker's last token has been sampled, and will be fed in that step. The finishers are to see it all the
+        same, as they would if the run ended here. So a copy is fed to a block of its own.
+        """
+        last_tokens = {worker.block: last_token_block_of(worker.name) for worker in self._with_unfed_token()}
+        finishers = self._make_finishers()
+        yield from self._feed_finishers(finishers, last_tokens)
+        self.answer_at[self.steps_begun] = self._answer_with(finishers)
+        written = [*last_tokens.values(), *(finisher.block for finisher in finishers)]
+        self._to_drop = [block for block in written if self.lengths[block] > 0]
+
+    def _feed_finishers(self, finishers: list[Writer], last_tokens: dict[str, str]) -> Iterator[Feed]:
+        """Where there is no answer yet: ask for it, over all that has been written.
+
+        What was sampled last and has not been fed goes in together with the cue: to the worker's own block, or to the
+        one that `last_tokens` gives for it.
         """
         answered = [worker.block for worker in self.workers if worker.answer]
         writing = []
-        for finisher in self.finishers:
+        for finisher in finishers:
             if not any(block in answered for block in finisher.view):
+                finisher.view = with_last_tokens(finisher.view, last_tokens)
                 writing.append(finisher)
                 self._open_finisher(finisher)
-        with_unfed_token = [worker for worker in self._active_workers() if worker.feeds_sampled]
-        while writing:
-            feed = feed_of(with_unfed_token + writing, "finisher")
-            feed.writers = [None] * len(with_unfed_token) + writing
-            yield feed
-            with_unfed_token = []
-            writing = [finisher for finisher in writing if finisher.active]
+        if not writing:
+            return
+        feed = feed_of(self._with_unfed_token() + writing, "finisher")
+        workers = len(feed.views) - len(writing)
+        feed.views = [with_last_tokens(view, last_tokens) for view in feed.views[:workers]] + feed.views[workers:]
+        feed.writers = [None] * workers + writing
+        yield feed
+        while writing := [finisher for finisher in writing if finisher.active]:
+            yield feed_of(writing, "finisher")
+
+    def _with_unfed_token(self) -> list[Writer]:
+        """The workers whose last token has been sampled, and not fed yet."""
+        return [worker for worker in self._active_workers() if worker.feeds_sampled]
 
     def _open_finisher(self, finisher: Writer) -> None:
         cue = self.words.cue
@@ -286,7 +364,10 @@ class Run:
     def decide(self) -> Decision:
         """What each writer does after the pass that was fed last, judged by the last token that it has fed."""
         feed = self._fed
-        decision = Decision(sampling=GREEDY if feed.stage == "finisher" else self.sampling, stage=feed.stage)
+        decision = Decision(sampling=self.sampling, stage=feed.stage, banned=self.banned)
+        if feed.stage == "finisher":
+            decision.sampling = GREEDY
+            decision.banned = None  # it may end, like any chat
         decision.step_event = {
             "do": "step",
             "views": feed.views,
@@ -315,8 +396,11 @@ class Run:
         return decision
 
     def _has_ended(self, worker: Writer) -> bool:
-        """Was the token that it has just fed an end-of-sequence of its own?"""
-        return worker.feeds_sampled and worker.to_feed[-1] in self.model.eos
+        """Was the token that it has just fed an end-of-sequence of its own, or has it said that nothing is left?"""
+        if not worker.feeds_sampled:
+            return False
+        says_done_here = self.shared and says_done(worker.paragraphs[-1], self.words.done)
+        return says_done_here or worker.to_feed[-1] in self.model.eos
 
     def _has_closed_paragraph(self, worker: Writer) -> bool:
         return self.rules.paragraphs and paragraph_closed(worker.paragraphs[-1])
@@ -390,7 +474,7 @@ class Run:
                 texts.append({"do": "text", "worker": writer.name, "text": text})
             if decision.stage == "finisher":
                 # Nobody reads on after a finisher: its end-of-sequence need not be fed.
-                ended = token in self.model.eos or writer.sampled == FINISHER_TOKENS
+                ended = token in self.model.eos or writer.sampled == self.words.finisher_tokens
                 writer.active = not ended and writer.answer is None
         if decision.stage == "work":
             self.forward_steps += 1
@@ -436,7 +520,10 @@ class Run:
     @property
     def answer(self) -> str | None:
         """That of the first worker, in their order, that has one; where they are independent, the most frequent one."""
-        found = [writer.answer for writer in self.workers + self.finishers if writer.answer]
+        return self._answer_with(self.finishers)
+
+    def _answer_with(self, finishers: list[Writer]) -> str | None:
+        found = [writer.answer for writer in self.workers + finishers if writer.answer]
         if not found:
             return None
         return found[0] if self.shared else mode(found)
@@ -459,6 +546,11 @@ class Run:
     def _active_workers(self) -> list[Writer]:
         return [worker for worker in self.workers if worker.active]
 
+    @property
+    def next_feed_depends_on_tokens(self) -> bool:
+        """Must what was sampled last be learned before `next_feed` is asked?"""
+        return self.reason_to_stop() is not None or self.steps_begun in self.budgets
+
     def reason_to_stop(self) -> str | None:
         """Why no further forward step follows; None: one does."""
         if self.asked_to_stop:
@@ -476,7 +568,7 @@ class Run:
     def _require_prompt_fits(self) -> None:
         lengths = dict.fromkeys(self.blocks, 0)
         lengths[COMMON] = len(self.prompt)
-        for block, ids in self.headers.items():
+        for block, ids in (self.headers | self.roles).items():
             lengths[block] = len(ids)
         fits = not self._outgrows_context(lengths)
         context = self.model.config.context
@@ -496,7 +588,7 @@ class Run:
                 return True
         for finisher in self.finishers:
             seen = sum(with_sampled[block] for block in finisher.view)
-            if seen + len(finisher.to_feed) + FINISHER_TOKENS > context:
+            if seen + len(finisher.to_feed) + self.words.finisher_tokens > context:
                 return True
         return False
 
@@ -513,6 +605,7 @@ class Run:
             "finisher_steps": self.finisher_steps,
             "seconds": self.seconds,
             "answer": self.answer,
+            "answers_by_budget": {budget: self.answer_at.get(budget, self.answer) for budget in self.budgets},
             "stopped_by": self.stopped_by,
             "layout": self.layout,
             "seed": self.seed,
@@ -543,25 +636,61 @@ def feed_of(writers: list[Writer], stage: str) -> Feed:
 
 def drive(run: Run, cache: Cache) -> Iterator[dict]:
     """Run to the end, a step at a time. Yields the run's events; a step's event also holds its "logits", [W, V]."""
-    while (feed := run.next_feed()) is not None:
-        yield from run.tell_waiting()
-        if not run.asked_to_stop:  # by whoever has just read these events
-            yield from take_step(run, cache, feed)
-    yield from run.tell_waiting()
+    for _, event in drive_together({"": run}, cache):
+        yield event
 
 
-def take_step(run: Run, cache: Cache, feed: Feed) -> Iterator[dict]:
-    """One step of a run: feed, decide, sample, learn. Yields what happened in it."""
+def drive_together(runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, dict]]:
+    """Several runs of one model, each to its end: a forward pass takes a step of each. Yields (run, event).
+
+    All have their blocks in one cache, where a run's key in `runs` stands before the names of its blocks. So no run
+    sees another's; each goes as it would alone, up to the rounding of larger products.
+    """
+    going_on = dict(runs)
+    while going_on:
+        feeds = {}
+        for key, run in list(going_on.items()):
+            feed = run.next_feed()
+            for event in run.tell_waiting():
+                yield run, event
+            if feed is None:
+                del going_on[key]
+            elif not run.asked_to_stop:  # by whoever has just read these events
+                feeds[key] = feed
+        prompts = [key for key, feed in feeds.items() if feed.stage == "prompt"]
+        for key in prompts:  # one by one: what a step takes for attention grows with the square of what it is fed
+            feed = feeds.pop(key)
+            yield from take_step({key: feed}, runs, cache)
+        if feeds:
+            yield from take_step(feeds, runs, cache)
+
+
+def take_step(feeds: dict[str, Feed], runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, dict]]:
+    """One step of some of the runs: feed, decide, sample, learn. Yields (run, what happened in it)."""
     began = time.perf_counter()
-    logits = step(feed.views, feed.tokens, run.model.weights, run.model.config, cache)
-    decision = run.decide()
-    for source, target in decision.moves:
-        cache.move(source, target)
-    token_ids = sample_rows(logits, decision)
-    events = run.learn(token_ids.tolist())
-    if feed.stage == "work":
-        run.seconds += time.perf_counter() - began
-    yield from with_logits(events, logits)
+    views, tokens = [], []
+    for key, feed in feeds.items():
+        for block in feed.drops:
+            cache.drop(key + block)
+        views += [[key + block for block in view] for view in feed.views]
+        tokens += feed.tokens
+    model = next(iter(runs.values())).model  # all have the same
+    logits = step(views, tokens, model.weights, model.config, cache)
+
+    logits_of = dict(zip(feeds, logits.split([len(feed.views) for feed in feeds.values()])))
+    sampled = {}
+    for key in feeds:
+        decision = runs[key].decide()
+        for source, target in decision.moves:
+            cache.move(key + source, key + target)
+        sampled[key] = sample_rows(logits_of[key], decision)
+    events = {key: runs[key].learn(sampled[key].tolist()) for key in feeds}
+    seconds = time.perf_counter() - began
+    for key, feed in feeds.items():
+        if feed.stage == "work":
+            runs[key].seconds += seconds
+        for event in with_logits(events[key], logits_of[key]):
+            yield runs[key], event
 
 
 def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
@@ -569,7 +698,10 @@ def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
     if not decision.rows:
         return torch.zeros(0, dtype=torch.int64)
     rows = torch.tensor(decision.rows).to(logits.device, non_blocking=True)
-    return sample(logits[rows], decision.sampling, decision.generators)
+    chosen = logits[rows]  # a copy: what is recorded of a step are the logits without bans
+    if decision.banned is not None:
+        chosen[:, decision.banned] = -torch.inf
+    return sample(chosen, decision.sampling, decision.generators)
 
 
 def with_logits(events: list[dict], logits: Tensor) -> Iterator[dict]:

@@ -31,6 +31,7 @@ WORDS = Prompts(
     separator="\n[me]\n",
     check=" Again?",
     cue="\nSo \\boxed{",
+    may_end=True,
 )
 ASKING = replace(WORDS, together="{names} ({n}) box \\boxed{} for: {problem}\n")  # so there is a finisher
 PROBLEM = "What is 2 + 3?"

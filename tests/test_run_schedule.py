@@ -28,7 +28,7 @@ from tiny import END, ids_of
 from minihogwild import Model, Run, workers
 from minihogwild.gpu.pipeline import drive_ahead
 from minihogwild.layouts import COMMON, block_of
-from minihogwild.prompts import boxed, paragraph_closed
+from minihogwild.prompts import Prompts, boxed, paragraph_closed
 from minihogwild.workers import drive
 
 # ---- the schedule, restated from the design
@@ -388,4 +388,4 @@ def test_no_check_where_there_is_nobody_to_repeat(model, monkeypatch, layout, co
 
 def test_the_numbers_of_the_design():
     assert workers.CHECK_AFTER == 1024
-    assert workers.FINISHER_TOKENS == 64
+    assert Prompts().finisher_tokens == 64

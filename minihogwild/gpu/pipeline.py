@@ -37,7 +37,7 @@ def drive_ahead(run: Run, cache: Cache) -> Iterator[dict]:
     """`workers.drive`, one step ahead of what is known. Yields the same events."""
     in_flight = None
     while True:
-        if in_flight is not None and run.reason_to_stop() is not None:
+        if in_flight is not None and run.next_feed_depends_on_tokens:
             # No further step: what is fed now, if anything, depends on these tokens.
             yield from learn(run, in_flight)
             in_flight = None
@@ -50,7 +50,8 @@ def drive_ahead(run: Run, cache: Cache) -> Iterator[dict]:
         if run.asked_to_stop:
             continue
         if feed.stage != "work":
-            yield from take_step(run, cache, feed)
+            for _, event in take_step({"": feed}, {"": run}, cache):
+                yield event
             continue
 
         began = time.perf_counter()
@@ -68,6 +69,8 @@ def drive_ahead(run: Run, cache: Cache) -> Iterator[dict]:
 
 def begin_step(run: Run, cache: Cache, feed: Feed, in_flight: InFlight | None) -> Tensor:
     """Logits [W, V] of a step that is being computed."""
+    for block in feed.drops:
+        cache.drop(block)
     flat = [token for ids in feed.tokens for token in ids]
     unknown = [row for row, token in enumerate(flat) if token is None]
     tokens = torch.tensor([0 if token is None else token for token in flat]).to(cache.device, non_blocking=True)

@@ -10,6 +10,6 @@ progress.py         a progress bar, for what takes long
 
 from .loading import DTYPES, Model, fetch, load
 from .progress import Bar
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import END_OF_THINK, TextStream, Tokenizer, opening_of
 
-__all__ = ["DTYPES", "Bar", "Model", "TextStream", "Tokenizer", "fetch", "load"]
+__all__ = ["DTYPES", "END_OF_THINK", "Bar", "Model", "TextStream", "Tokenizer", "fetch", "load", "opening_of"]

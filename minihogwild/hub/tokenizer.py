@@ -7,6 +7,7 @@ in a prompt they are encoded as the characters they are.
 import json
 import re
 import secrets
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -56,6 +57,10 @@ class Tokenizer:
         """
         return encode_with(self.reads_text, text, whole)
 
+    def encode_control(self, text: str) -> list[int]:
+        """Token ids of a fragment in which control tokens, such as `<think>`, are what they look like."""
+        return encode_with(self.reads_control, text)
+
     def chat(self, prompt: str) -> list[int]:
         """Token ids of a conversation that opens with `prompt` and asks for the reply.
 
@@ -101,6 +106,11 @@ class Tokenizer:
         """How the tokenizer spells one token, also a special one; None for an id that it does not have."""
         return self.reads_text.id_to_token(token)
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """What each token reads as by itself, by its id."""
+        return [self.decode([token]) for token in range(self.size)]
+
     def has_text(self, token: int) -> bool:
         """Special tokens have none, nor have ids that the tokenizer lacks: many a vocabulary is padded."""
         return token not in self.hidden and self.name_of(token) is not None
@@ -117,6 +127,25 @@ def control_tokens(data: dict) -> list[dict]:
 def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
     with refusing(f"not valid UTF-8: {text[:200]!r}"):
         return tokenizer.encode(text, add_special_tokens=whole).ids
+
+
+# ---- models that think before they answer
+
+THINK, END_OF_THINK = "<think>", "</think>"
+
+
+def opening_of(tokenizer: Tokenizer, chat: list[int]) -> str:
+    """What must be added to a chat's ids so that the reply begins as that of a model that thinks first; "" for others.
+
+    Such a model has the token `<think>`, and a template that speaks of it. Many templates end with it already.
+    """
+    thinks = THINK in tokenizer.control and "think>" in (tokenizer.template or "")
+    if not thinks:
+        return ""
+    marks = [tokenizer.control.get(THINK), tokenizer.control.get(END_OF_THINK)]
+    found = [token for token in chat if token in marks]
+    is_open = found != [] and found[-1] == tokenizer.control[THINK]
+    return "" if is_open else THINK + "\n"
 
 
 # ---- ids to text, one by one

@@ -37,6 +37,7 @@ PROMPTS = Prompts(
     separator="# me\n",
     prefix="**{name} [{number}]:** ",
     check="",
+    may_end=True,  # that is what it was taught, and when
     boxed=False,
     pace=15,  # steps a second that an eye can follow
 )
