@@ -169,7 +169,7 @@ class Run:
         self.asks_for_answer = budgets != () or (self.words.boxed and "\\boxed" in text)
         self.finishers = self._make_finishers() if self.asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
-        self.banned = self._banned_tokens() if self.shared and not self.words.may_end else None
+        self.banned = self._banned_tokens() if self.shared else None
         writers = self.workers + self.finishers
         self.blocks = [COMMON, *self.headers, *self.roles, *(writer.block for writer in writers)]
         if budgets:
@@ -225,12 +225,14 @@ class Run:
             text = opening_of(self.model.tokenizer, self.prompt)
         return self.model.tokenizer.encode_control(text)
 
-    def _banned_tokens(self) -> Tensor:
-        """Ids that no worker may sample: what ends a text, what has none, and what the words forbid besides."""
+    def _banned_tokens(self) -> Tensor | None:
+        """Ids that no worker may sample, if any: what ends a text or has none, and what the words forbid besides."""
         tokenizer = self.model.tokenizer
-        banned = {*self.model.eos, *tokenizer.hidden}
-        if END_OF_THINK in tokenizer.control:
-            banned.add(tokenizer.control[END_OF_THINK])
+        banned = set()
+        if not self.words.may_end:
+            banned.update(self.model.eos, tokenizer.hidden)
+            if END_OF_THINK in tokenizer.control:
+                banned.add(tokenizer.control[END_OF_THINK])
         if self.words.banned:
             for token, text in enumerate(tokenizer.texts):
                 if any(part in text for part in self.words.banned):
@@ -238,7 +240,7 @@ class Run:
         vocab_size = self.model.config.vocab_size
         ids = sorted(token for token in banned if token < vocab_size)
         require(len(ids) < vocab_size, "the bans leave no token that could be sampled")
-        return torch.tensor(ids, dtype=torch.int64, device=self.model.device)
+        return torch.tensor(ids, dtype=torch.int64, device=self.model.device) if ids else None
 
     def __iter__(self) -> Iterator[dict]:
         """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""

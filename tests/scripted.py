@@ -117,7 +117,7 @@ class Record:
 
     @property
     def schedule(self) -> list[dict]:
-        return [event for event in self.events if event["do"] in ("step", "move")]
+        return [event for event in self.events if event["do"] in ("step", "move", "drop")]
 
     @property
     def steps(self) -> list[dict]:
@@ -187,6 +187,8 @@ class Record:
             if event["do"] == "move":
                 blocks[event["to"]] += blocks[event["from"]]
                 blocks[event["from"]] = []
+            elif event["do"] == "drop":
+                blocks[event["block"]] = []
             else:
                 for view, ids in zip(event["views"], event["tokens"], strict=True):
                     blocks[view[-1]] += ids
@@ -266,6 +268,8 @@ def assert_agrees_with_oracle(seen: Record) -> None:
     for event in seen.schedule:
         if event["do"] == "move":
             oracle.move(event["from"], event["to"])
+        elif event["do"] == "drop":
+            oracle.drop(event["block"])
         else:
             theirs = oracle.step(event["views"], event["tokens"])
             ours = next(logits)
@@ -284,16 +288,19 @@ HEADERS = {
 }
 
 
-def view_of(layout: str, name: str, names: list[str]) -> list[str]:
+def view_of(layout: str, name: str, names: list[str], words: Prompts = WORDS) -> list[str]:
     """The view of the worker `name`."""
     own = block_of(name)
-    others = [block_of(other) for other in names if other != name]
-    return {
+    others = [block_of(other) for other in names if other != name and name not in words.unaware]
+    view = {
         "combined": [COMMON, HEADER_OTHERS, *others, HEADER_OWN, own],
         "contiguous": [COMMON, *others, SEPARATOR, own],
         "interleaved": [COMMON, own],
         "independent": [COMMON, own],
     }[layout]
+    if layout != "independent" and names.index(name) < len(words.roles):
+        view.insert(1, f"role of {name}")
+    return view
 
 
 def prompt_of(layout: str, names: list[str], words: Prompts = WORDS, problem: str = PROBLEM) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from examples import examples
@@ -35,10 +36,16 @@ from minihogwild.workers import drive
 
 
 def restated(
-    model: Model, layout: str, scripts: list[list[int]], max_steps: int, check_after: int
+    model: Model, layout: str, scripts: list[list[int]], max_steps: int, check_after: int, words: Prompts
 ) -> tuple[list[tuple], str, int]:
     """(steps and moves, why it stopped, forward steps) with plain lists, for words that ask for no answer."""
     encode, decode = model.tokenizer.encode, model.tokenizer.decode
+    shared = layout != "independent"
+    vocabulary = range(model.config.vocab_size)
+    allowed = [token for token in vocabulary if not any(part in decode([token]) for part in words.banned)]
+    allowed = [token for token in allowed if words.may_end or token not in model.eos]
+    if not shared:
+        allowed = list(vocabulary)
     names = list(NAMES[: len(scripts)])
     late = itertools.repeat(encode("x")[0])
     texts = {name: itertools.chain(script, late) for name, script in zip(names, scripts)}
@@ -60,21 +67,28 @@ def restated(
 
     def draw(name: str) -> int:
         token = next(texts[name])
+        if token not in allowed:  # all others are as likely as each other: then it is the first
+            token = allowed[0]
         queue[name] = [token]
         written[name].append(token)
         paragraph[name].append(token)
         return token
 
     prompt = encode(prompt_of(layout, names))
-    if layout == "independent":  # the prompt's last token is each worker's own: its first is sampled from there
+    if shared and words.opening != "auto":
+        prompt += encode(words.opening)
+    if not shared:  # the prompt's last token is each worker's own: its first is sampled from there
         schedule.append(("step", [[COMMON]], [prompt[:-1]], [None]))
         queue |= {name: prompt[-1:] for name in names}
     else:
         schedule.append(("step", [[COMMON]], [prompt], [None]))
-        if headers := HEADERS[layout]:
-            views = [[COMMON, block] for block in headers]
-            tokens = [encode(WORDS.headers[block]) for block in headers]
-            schedule.append(("step", views, tokens, [None] * len(headers)))
+        fixed = {block: encode(WORDS.headers[block]) for block in HEADERS[layout]}
+        for name, role in zip(names, words.roles):
+            fixed[f"role of {name}"] = encode(role.replace("{name}", name))
+        fixed = {block: ids for block, ids in fixed.items() if ids}
+        if fixed:
+            views = [[COMMON, block] for block in fixed]
+            schedule.append(("step", views, list(fixed.values()), [None] * len(fixed)))
         for name in names:
             begin(name)
 
@@ -93,13 +107,16 @@ def restated(
             return schedule, "steps", forward_steps
 
         active = [name for name in names if name in queue]
-        views, tokens = [view_of(layout, name, names) for name in active], [queue[name] for name in active]
+        views = [view_of(layout, name, names, words) for name in active]
+        tokens = [queue[name] for name in active]
         forward_steps += 1
         after: list[tuple] = []
         sampled: list[int | None] = []
         for name in active:
             choice = None
-            if queue[name][-1] in model.eos:
+            so_far = decode(paragraph[name]).rstrip()
+            says_done = shared and paragraph[name] and words.done and so_far.endswith(words.done)
+            if queue[name][-1] in model.eos or says_done:
                 del queue[name]
                 if layout == "interleaved":
                     after.append(("move", block_of(name), COMMON))
@@ -137,6 +154,15 @@ PIECES = [
     "}",
     END,
 ]
+some_words = st.builds(
+    lambda **fields: replace(WORDS, **fields),
+    may_end=st.booleans(),
+    banned=st.sampled_from([(), ("?",), ("a", "\n"), ("b ", "}")]),
+    opening=st.sampled_from(["auto", "", "Well,\n"]),
+    roles=st.sampled_from([(), ("You, {name}, agree.\n",), ("", "No!"), ("1", "2", "3", "4")]),
+    unaware=st.sampled_from([(), ("Alice",), ("Bob", "Carol")]),
+    done=st.sampled_from(["", ".", "a?", "b \n\n."]),
+)
 some_scripts = st.lists(st.lists(st.sampled_from(PIECES), max_size=14), min_size=1, max_size=4)
 
 
@@ -147,8 +173,9 @@ some_scripts = st.lists(st.lists(st.sampled_from(PIECES), max_size=14), min_size
     max_steps=st.integers(1, 25),
     check_after=st.integers(0, 30),
     ahead=st.booleans(),
+    words=some_words,
 )
-def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, check_after, ahead):
+def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, check_after, ahead, words):
     """By either driver. Each token is drawn from the row of the worker that gets it: any other has another script."""
     scripts = [ids_of(model, *text) for text in texts]
     if layout == "independent" and len(texts) > 1:
@@ -156,8 +183,9 @@ def test_the_schedule_is_the_one_of_the_design(model, layout, texts, max_steps, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "CHECK_AFTER", check_after)
         driver = drive_ahead if ahead else drive
-        seen = record(model, len(scripts), layout, scripts, max_steps=max_steps, driver=driver)
-    schedule, stopped_by, forward_steps = restated(model, layout, scripts, max_steps, check_after)
+        options = {"max_steps": max_steps, "driver": driver, "prompts": words}
+        seen = record(model, len(scripts), layout, scripts, **options)
+    schedule, stopped_by, forward_steps = restated(model, layout, scripts, max_steps, check_after, words)
     assert as_tuples(seen.schedule) == schedule
     assert (seen.run.stopped_by, seen.run.forward_steps, seen.run.finisher_steps) == (stopped_by, forward_steps, 0)
 
