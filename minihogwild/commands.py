@@ -7,12 +7,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 from . import interrupts
 from .config import Config
 from .errors import InputError, is_out_of_memory, one_line
+from .hub import DTYPES
+from .sampling import Sampling
 
 # Exit codes, beside 0; a command may give 1 a meaning of its own
 OUTPUT_CLOSED = 1
@@ -25,12 +29,40 @@ CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2
 LONGEST_MESSAGE = 1000  # characters: what an error quotes from a file may be of any length
 SMALL_HIDDEN_SIZE = 512
 
+DUET = Path(__file__).with_name("duet")
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError for wrong options: they are told as everything else that is wrong."""
 
     def error(self, message: str):
         raise InputError(message)
+
+
+def add_model_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--kernels", choices=["auto", "off"], default="auto", help="off: plain PyTorch on a GPU too")
+
+
+def add_sampling_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--temperature", type=float, help="0 takes the likeliest token (default: the model's, as the next three)")
+    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="keep the fewest likeliest tokens that reach probability P; 1: all")
+    add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all")
+
+
+def sampling_asked_for(options: argparse.Namespace) -> dict[str, float]:
+    """The sampling options that were given, by the names of Sampling's fields. Raises InputError for wrong ones."""
+    asked = {}
+    for field in fields(Sampling):
+        value = getattr(options, field.name)
+        if value is not None:
+            asked[field.name] = value
+    Sampling(**asked)
+    return asked
 
 
 def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None) -> int:

@@ -10,26 +10,31 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 from rich import get_console
 
 from .backend import PyTorchBackend
-from .commands import CONTROL_CODES, Parser, run_command, spare_threads
+from .commands import (
+    CONTROL_CODES,
+    DUET,
+    Parser,
+    add_model_options,
+    add_sampling_options,
+    run_command,
+    sampling_asked_for,
+    spare_threads,
+)
 from .errors import one_line, require
 from .files import require_writable, write_whole
-from .hub import DTYPES, fetch, load
+from .hub import fetch, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .replay import digest, schedule_json
-from .sampling import Sampling
 from .show.lines import Lines, report
 from .workers import Run, drive
-
-DUET = Path(__file__).with_name("duet")
-SAMPLING_OPTIONS = [field.name for field in fields(Sampling)]
 
 
 def arguments() -> Parser:
@@ -40,15 +45,10 @@ def arguments() -> Parser:
     add("--workers", type=int, default=2, choices=range(1, 17), metavar="N", help="1 to 16 (default: 2)")
     add("--layout", choices=LAYOUTS, help="what workers see of each other (default: combined; independent for one)")
     add("--max-steps", type=int, default=1024, metavar="N", help="forward passes after the prompt (default: 1024)")
-    add("--temperature", type=float, help="0 takes the likeliest token (default: the model's, as the next three)")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
-    add("--top-p", type=float, metavar="P", help="keep the fewest likeliest tokens that reach probability P; 1: all")
-    add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all")
+    add_sampling_options(parser)
     add("--seed", type=int, default=0, help="same seed, same text, on the same machine and dtype (default: 0)")
     add("--prompts", type=Path, metavar="FILE", help="the words that make workers cooperate, as JSON")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--kernels", choices=["auto", "off"], default="auto", help="off: plain PyTorch on a GPU too")
+    add_model_options(parser)
     add("--pace", type=float, metavar="N", help="at most N steps a second; 0: any (default: what the model's own words "
         "ask for where the run is drawn on a terminal, as duet's do; else 0)")  # fmt: skip
     add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
@@ -62,8 +62,7 @@ def arguments() -> Parser:
 def command(options: argparse.Namespace) -> int:
     """Check all that can be checked, load, run, write. Returns the exit code."""
     is_drawn = prepare_terminal(options)
-    sampling = {name: getattr(options, name) for name in SAMPLING_OPTIONS if getattr(options, name) is not None}
-    Sampling(**sampling)  # refuses what is wrong before a model is loaded
+    sampling = sampling_asked_for(options)
     require_pace(options.pace)
     folder = fetch(options.model)
     require_outputs(options, folder)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from .backend import PyTorchBackend
 from .cache import Cache, check_known, check_move, check_step
-from .commands import Parser, run_command, spare_threads
+from .commands import Parser, add_model_options, run_command, spare_threads
 from .config import Config
 from .errors import allocating, refusing, require
 from .files import read_json, require_writable, write_whole
-from .hub import DTYPES, Model, load
+from .hub import Model, load
 from .model import step
 from .oracle import Oracle
 
@@ -312,9 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--oracle", action="store_true", help="by the slow, obvious way, in float64, not by the engine")
     add("--events", type=event_range, default=slice(None), metavar="A:B",
         help="write the logits of these alone, a slice as in Python")  # fmt: skip
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--kernels", choices=["auto", "off"], default="auto", help="off: plain PyTorch on a GPU too")
+    add_model_options(parser)
     return run_command(command, parser, argv)
 
 

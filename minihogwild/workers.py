@@ -9,8 +9,9 @@ A `Run` computes nothing. It says what it wants to be fed, and is told what came
         token_ids = ...                              # one from each row in decision.rows
         events = run.learn(token_ids)                # what has happened, for whoever watches
 
-`drive` does that with a model and a cache, `drive_together` for several runs at once, and a test with a script. One other order is allowed: the next `next_feed`
-may come before `learn` (decide, next_feed, learn, decide, ...); gpu/pipeline.py uses it, so that a GPU need not wait.
+`drive` does that with a model and a cache, `drive_together` for several runs at once, and a test with a script. One
+other order is allowed: the next `next_feed` may come before `learn` (decide, next_feed, learn, decide, ...);
+gpu/pipeline.py uses it, so that a GPU need not wait.
 `for event in Run(...)` takes the right driver. Events are dicts:
 
     {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)

@@ -32,8 +32,10 @@ ORDER = [
     "commands",
     "replay",
     "compare",
+    "scoring",
     "show",
     "generate",
+    "evaluate",
 ]
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

@@ -37,7 +37,9 @@ def of_the_workers(run: Run, events: list[dict]) -> list[dict]:
     workers = [worker.block for worker in run.workers]
     kept = []
     for event in events:
-        is_finishers = event["do"] == "step" and event["views"][-1][-1] not in workers and event["sampled"][-1] is not None
+        is_finishers = (
+            event["do"] == "step" and event["views"][-1][-1] not in workers and event["sampled"][-1] is not None
+        )
         if event["do"] == "drop" or is_finishers or event.get("worker", "").startswith("finisher"):
             continue
         kept.append(event)
