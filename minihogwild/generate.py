@@ -201,7 +201,7 @@ def write_results(run: Run, options: argparse.Namespace, digests: list[str]) -> 
     """Write each file that was asked for; what could not be written, as errors: one must not cost the others."""
     contents: dict[str, Callable[[], bytes]] = {
         "--json": lambda: json.dumps(run.summary(), ensure_ascii=False, indent=2).encode() + b"\n",
-        "--record": lambda: schedule_json(run.blocks, with_digests(run.history, digests)),
+        "--record": lambda: schedule_json(run.blocks, with_digests(run.history, digests), run.banned),
         "--trace": lambda: trace_page(run),
     }
     failures = []

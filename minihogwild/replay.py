@@ -9,7 +9,8 @@ A schedule is a run without its words: what was done to the cache's blocks, in o
     {"do": "drop", "block": block}
 
 In a step each worker feeds its tokens to the last block of its view. A move appends the whole of a block to another
-and empties it; a drop empties it.
+and empties it; a drop empties it. A schedule may also name the ids that no worker was allowed to sample, "banned"; the
+logits are those without that.
 
 The logits go to a safetensors file: for each step event a tensor `step_0000`, numbered by the event's index, float32,
 [workers in the step, V], after each worker's last token.
@@ -46,7 +47,7 @@ KEYS = {
 # ---- schedules
 
 
-def schedule_json(blocks: list[str], events: list[dict]) -> bytes:
+def schedule_json(blocks: list[str], events: list[dict], banned: Collection[int] = ()) -> bytes:
     """A schedule as a file holds it, with a line for each event.
 
     `events` may be those of a Run: what a schedule does not say (who began, who moved, ...) is left out.
@@ -58,8 +59,9 @@ def schedule_json(blocks: list[str], events: list[dict]) -> bytes:
             kept = {key: event[key] for key in keys if key in event}
             lines.append(json.dumps(kept, ensure_ascii=False))
     names = json.dumps(blocks, ensure_ascii=False)
+    bans = f' "banned": {list(banned)},' if banned else ""
     all_lines = ",\n".join(lines)
-    return f'{{"version": 1, "blocks": {names}, "events": [\n{all_lines}\n]}}\n'.encode()
+    return f'{{"version": 1, "blocks": {names},{bans} "events": [\n{all_lines}\n]}}\n'.encode()
 
 
 def read_schedule(path: Path, vocab_size: int) -> dict:

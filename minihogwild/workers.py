@@ -170,7 +170,8 @@ class Run:
         self.asks_for_answer = budgets != () or (self.words.boxed and "\\boxed" in text)
         self.finishers = self._make_finishers() if self.asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
-        self.banned = self._banned_tokens() if self.shared else None
+        self.banned = self._banned_tokens() if self.shared else []
+        self._banned_on_device = torch.tensor(self.banned, dtype=torch.int64, device=model.device)
         writers = self.workers + self.finishers
         self.blocks = [COMMON, *self.headers, *self.roles, *(writer.block for writer in writers)]
         if budgets:
@@ -226,8 +227,8 @@ class Run:
             text = opening_of(self.model.tokenizer, self.prompt)
         return self.model.tokenizer.encode_control(text)
 
-    def _banned_tokens(self) -> Tensor | None:
-        """Ids that no worker may sample, if any: what ends a text or has none, and what the words forbid besides."""
+    def _banned_tokens(self) -> list[int]:
+        """Ids that no worker may sample: what ends a text or has none, and what the words forbid besides."""
         tokenizer = self.model.tokenizer
         banned = set()
         if not self.words.may_end:
@@ -241,7 +242,7 @@ class Run:
         vocab_size = self.model.config.vocab_size
         ids = sorted(token for token in banned if token < vocab_size)
         require(len(ids) < vocab_size, "the bans leave no token that could be sampled")
-        return torch.tensor(ids, dtype=torch.int64, device=self.model.device) if ids else None
+        return ids
 
     def __iter__(self) -> Iterator[dict]:
         """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
@@ -367,10 +368,11 @@ class Run:
     def decide(self) -> Decision:
         """What each writer does after the pass that was fed last, judged by the last token that it has fed."""
         feed = self._fed
-        decision = Decision(sampling=self.sampling, stage=feed.stage, banned=self.banned)
+        decision = Decision(self.sampling, stage=feed.stage)
         if feed.stage == "finisher":
             decision.sampling = GREEDY
-            decision.banned = None  # it may end, like any chat
+        elif self.banned:  # a finisher may end, like any chat
+            decision.banned = self._banned_on_device
         decision.step_event = {
             "do": "step",
             "views": feed.views,

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from minihogwild.hub import TextStream, Tokenizer
+from minihogwild.hub import TextStream, Tokenizer, opening_of
 from minihogwild.hub import tokenizer as tokenizer_module
 
 # ---- text to ids
@@ -320,3 +320,47 @@ def test_a_tokenizer_without_added_tokens(tmp_path: Path):
     ours = Tokenizer(save(tmp_path, tokenizer, "user: {{ messages[0].content }}:"))
     assert ours.control == {}
     assert ours.decode(ours.chat("the <s> 👋")) == "user: the <s> 👋:"
+
+
+# ---- models that think before they answer
+
+ASK = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (ASK, ""),  # the token is there, but the template knows nothing of it
+        (ASK + "<think>\n", ""),  # opened already, as by QwQ
+        (ASK + "{# </think> #}", "<think>\n"),
+        (ASK + "{% if no_thinking %}<think>\n\n</think>\n\n{% endif %}", "<think>\n"),  # as Qwen3
+        ("<think> and </think> are for thoughts. " + ASK, "<think>\n"),  # as Phi-4-reasoning
+        (ASK + "<think>\n\n</think>\n\n", "<think>\n"),
+        (None, ""),
+    ],
+)
+def test_what_a_thinking_models_reply_has_to_begin_with(tmp_path: Path, template: str | None, opening: str):
+    tokenizer = Tokenizer(save(tmp_path, "qwen", template))
+    # Typed by a user they are mere characters, and open nothing
+    assert opening_of(tokenizer, tokenizer.chat("Is <think> a tag, and </think> another?")) == opening
+
+
+def test_a_tokenizer_without_such_a_token_has_no_opening(tmp_path: Path):
+    tokenizer = Tokenizer(save(tmp_path, build("qwen"), ASK + "<think>\n"))
+    del tokenizer.control["<think>"]
+    assert opening_of(tokenizer, []) == ""
+
+
+@pytest.mark.parametrize("style", BYTE_LEVEL + SPM)
+def test_only_trusted_fragments_may_hold_control_tokens(style: str):
+    tokenizer, _ = pair(style)
+    think = tokenizer.control["<think>"]
+    assert tokenizer.encode_control("<think>")[-1] == think
+    assert think not in tokenizer.encode("<think>")
+
+
+def test_each_token_by_itself_reads_as(tmp_path: Path):
+    tokenizer, _ = pair("qwen")
+    assert len(tokenizer.texts) == tokenizer.size
+    for token in (0, 33, 200, tokenizer.control["</think>"], tokenizer.control["<|im_end|>"]):
+        assert tokenizer.texts[token] == tokenizer.decode([token])

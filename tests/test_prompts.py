@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from minihogwild.prompts import NAMES, BoxedAnswer, Prompts, boxed, fill, load_prompts, paragraph_closed
+from examples import examples
+from minihogwild.prompts import NAMES, BoxedAnswer, Prompts, boxed, fill, load_prompts, paragraph_closed, says_done
 
 SENTENCE = "The sum is 5."
 
@@ -469,6 +469,21 @@ def test_fill_takes_values_as_they_are(value):
 # ---- the words themselves
 
 
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        ("All done.", True),
+        (" So that is it. all DONE.\n\n", True),
+        ("All done", False),
+        ("All done. Bob?", False),
+        ("", False),
+    ],
+)
+def test_a_worker_says_that_nothing_is_left_at_the_end_of_its_text(text, ended):
+    assert says_done(text, "All done.") == ended
+    assert not says_done(text, "")  # no such words, so nobody says them
+
+
 def test_the_default_words_fit_together():
     words = Prompts()
     assert len(words.names) >= 16
@@ -518,6 +533,18 @@ def test_a_file_overrides_what_it_gives_and_nothing_else(prompts_file):
         ({"names": ["Alice", 5]}, "names"),
         ({"names": ["Alice", ""]}, "names"),
         ({"names": ["Alice", "Bob", "Alice"]}, "names"),
+        ({"roles": "You argue."}, "roles must be a list"),
+        ({"roles": ["You argue.", 5]}, "roles must be texts"),
+        ({"names": ["Ann"], "roles": ["a", "b"]}, "2 roles, but only 1 names"),
+        ({"unaware": ["Ann"]}, "Ann"),
+        ({"banned": ["#", ""]}, "banned"),
+        ({"banned": "#"}, "banned"),
+        ({"banned": ["\ud800"]}, "banned"),
+        ({"opening": None}, "opening"),
+        ({"may_end": 0}, "may_end"),
+        ({"finisher_tokens": 0}, "finisher_tokens"),
+        ({"finisher_tokens": 1.5}, "finisher_tokens"),
+        ({"done": ["All done."]}, "done"),
         ({"header_own": "a\nb", "separator": {"x": "a\nb"}}, "separator"),
         ([], "words.json"),
         ("text", "words.json"),

@@ -438,6 +438,12 @@ def test_a_schedule_holds_what_the_format_has_and_nothing_else(tmp_path):
     (tmp_path / "s.json").write_bytes(data)
     assert replay.read_schedule(tmp_path / "s.json", V) == {"blocks": ["a", "b", "ü"], "events": kept}
     assert json.loads(schedule_json(["a"], [])) == {"version": 1, "blocks": ["a"], "events": []}
+    assert json.loads(schedule_json(["a"], [], [3, 1])) == {
+        "version": 1,
+        "blocks": ["a"],
+        "banned": [3, 1],
+        "events": [],
+    }
 
 
 # ---- what fails on the way
