@@ -39,7 +39,7 @@ from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .scoring import HAS_MATH_VERIFY, PartsFound, Problem, asked, joined, read_problems, repeats, share_right
 from .show.results import Progress, draw, table
-from .workers import Run, drive_together
+from .workers import Run, drive_together, prompt_text
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,9 @@ def solve(
     """Run a batch to its end; yields the results, by the problems' indices."""
     # Compiled and recorded steps are for one number of rows; in a batch it changes as runs end.
     backend = choose_backend(model.device, model.dtype, kernels=options.kernels == "auto" and len(batch.problems) == 1)
+    workers, layout = batch.setting.workers, batch.setting.layout
+    prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
+    model.tokenizer.render_ahead(prompts)
     runs, found = {}, {}
     for number in batch.problems:
         problem = problems[number]
@@ -203,8 +206,8 @@ def solve(
             runs[f"{number}: "] = run = Run(
                 model,
                 asked(problem),
-                batch.setting.workers,
-                batch.setting.layout,
+                workers,
+                layout,
                 max_steps=options.budgets[-1],
                 seed=batch.seed,
                 prompts=replace(words, boxed=problem.expected != ()),

@@ -88,6 +88,8 @@ class Decision:
     writers: list[Writer] = field(default_factory=list)  # and for whom
     moves: list[tuple[str, str]] = field(default_factory=list)  # blocks, from and to: to be made before the next pass
     banned: Tensor | None = None  # ids [n] that must not be sampled, on the model's device
+    first_rows: list[int] = field(default_factory=list)  # of `rows`, by their index: where a paragraph begins
+    banned_first: Tensor | None = None  # ids [n] that must not be sampled there
 
     stage: str = "work"  # as in Feed
     step_event: dict = field(default_factory=dict)
@@ -154,8 +156,7 @@ class Run:
 
         names = list(self.words.names[:workers])
         encode = model.tokenizer.encode
-        template = self.words.together if self.shared else self.words.alone
-        text = fill(template, problem=problem, n=workers, names=", ".join(names), first=names[0])
+        text = prompt_text(self.words, layout, workers, problem)
         self.prompt = model.tokenizer.chat(text)  # token ids
         require(problem.strip() and self.prompt, "the prompt is empty")
         if self.shared:
@@ -171,7 +172,10 @@ class Run:
         self.finishers = self._make_finishers() if self.asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
         self.banned = self._banned_tokens() if self.shared else []
+        self.banned_first = self._line_breaks() if self.shared and not self.words.may_end else []
+        # Where they are needed at each step
         self._banned_on_device = torch.tensor(self.banned, dtype=torch.int64, device=model.device)
+        self._banned_first_on_device = torch.tensor(self.banned_first, dtype=torch.int64, device=model.device)
         writers = self.workers + self.finishers
         self.blocks = [COMMON, *self.headers, *self.roles, *(writer.block for writer in writers)]
         if budgets:
@@ -243,6 +247,11 @@ class Run:
         ids = sorted(token for token in banned if token < vocab_size)
         require(len(ids) < vocab_size, "the bans leave no token that could be sampled")
         return ids
+
+    def _line_breaks(self) -> list[int]:
+        """Ids of tokens that are white space with a line break: no paragraph is to begin with an empty line."""
+        texts = self.model.tokenizer.texts
+        return [token for token, text in enumerate(texts) if "\n" in text and not text.strip()]
 
     def __iter__(self) -> Iterator[dict]:
         """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
@@ -390,6 +399,9 @@ class Run:
                 decision.beginnings.append(beginning)
                 decision.consequences.append(beginning.event)
             else:
+                if feed.stage == "work" and not writer.feeds_sampled and self.banned_first:
+                    decision.first_rows.append(len(decision.rows))
+                    decision.banned_first = self._banned_first_on_device
                 decision.rows.append(row)
                 decision.writers.append(writer)
                 if feed.stage == "work":
@@ -633,6 +645,13 @@ class Run:
         }
 
 
+def prompt_text(words: Prompts, layout: str, workers: int, problem: str) -> str:
+    """What a model's chat template is given."""
+    names = words.names[:workers]
+    template = words.together if LAYOUTS[layout].prefix else words.alone
+    return fill(template, problem=problem, n=workers, names=", ".join(names), first=names[0])
+
+
 def feed_of(writers: list[Writer], stage: str) -> Feed:
     views = [writer.view for writer in writers]
     tokens = [writer.to_feed for writer in writers]
@@ -706,6 +725,8 @@ def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
     chosen = logits[rows]  # a copy: what is recorded of a step are the logits without bans
     if decision.banned is not None:
         chosen[:, decision.banned] = -torch.inf
+    for row in decision.first_rows:
+        chosen[row, decision.banned_first] = -torch.inf
     return sample(chosen, decision.sampling, decision.generators)
 
 

@@ -424,3 +424,16 @@ def test_a_template_may_trim_the_message(trim: str):
     ours, theirs = pair("smollm", "<|im_start|>{{ messages[0].content" + trim + "}}<|im_end|>")
     for prompt in ("  the hen \n", "the hen", " \n ", ""):
         assert ours.chat(prompt) == theirs.chat(prompt)
+
+
+def test_many_conversations_made_ahead_are_those_made_one_by_one(tmp_path: Path):
+    prompts = ["a", "Is <think> a tag?", "<|im_end|> and {{ more }}", "日本", "a"]
+    expected = [Tokenizer(save(tmp_path, "qwen", SMOLLM)).chat(prompt) for prompt in prompts]
+    tokenizer = Tokenizer(save(tmp_path, "qwen", SMOLLM))
+    tokenizer.render_ahead(prompts)
+    with patch.object(tokenizer_module, "render_chat", None):  # would fail
+        # Marks, which stand in no text, differ between tokenizers; what they leave does not
+        assert [tokenizer.chat(prompt) for prompt in prompts] == expected
+    without_template = Tokenizer(save(tmp_path / "plain", "qwen"))
+    without_template.render_ahead(prompts)
+    assert without_template.chat("a") == without_template.encode("a")

@@ -16,6 +16,8 @@ from ..errors import refusing, require
 from ..files import read_json
 from .chat_template import read_chat_template, render_chat
 
+HARMLESS = "a harmless prompt"  # with which a template writes only its own control tokens
+
 
 class Tokenizer:
     """A folder's tokenizer.json, and its chat template if it has one (else `template` is None).
@@ -45,6 +47,7 @@ class Tokenizer:
             self.reads_control = tokenizers.Tokenizer.from_str(json.dumps(data))
         self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
         self.special_tokens, self.template = read_chat_template(folder)
+        self.rendered: dict[str, list[str]] = {}  # by prompt: see `render_ahead`
 
         self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
         self.reads_control.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
@@ -69,13 +72,23 @@ class Tokenizer:
         """
         if self.template is None:
             return self.encode(prompt, whole=True)
-        prompts = [self._break_control_tokens(prompt), "a harmless prompt"]
-        text, harmless_text = render_chat(self.template, self.special_tokens, prompts)
+        text, harmless_text = self.rendered.get(prompt) or self._render([prompt])
         ids = encode_with(self.reads_control, text)
         harmless_ids = encode_with(self.reads_control, harmless_text)
         same = self._control_ids_in(ids) == self._control_ids_in(harmless_ids)
         require(same, "the prompt would bring control tokens of its own into the chat")
         return [token for token in ids if token != self.mark_id]
+
+    def render_ahead(self, prompts: list[str]) -> None:
+        """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
+        if self.template is not None:
+            *texts, harmless_text = self._render(prompts)
+            self.rendered = {prompt: [text, harmless_text] for prompt, text in zip(prompts, texts)}
+
+    def _render(self, prompts: list[str]) -> list[str]:
+        """The conversations of these prompts, and of one that has no control tokens for certain."""
+        broken = [self._break_control_tokens(prompt) for prompt in prompts]
+        return render_chat(self.template, self.special_tokens, [*broken, HARMLESS])
 
     def _break_control_tokens(self, prompt: str) -> str:
         """The prompt with a mark inside each control token that the user typed.
