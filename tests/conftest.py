@@ -12,7 +12,7 @@ import pytest
 import smollm2
 import tiny
 import torch
-from examples import PROFILE
+from hypothesis_profile import PROFILE
 from packaged import Unavailable
 
 from minihogwild import Model

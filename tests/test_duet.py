@@ -20,9 +20,9 @@ import pytest
 import torch
 import train
 from evaluate import evaluate, fresh_sheets, measure
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from refusals import refused
 from scripted import play
 from sheets import (

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import examples
 from hub_files import MOE, TINY, make_folder, make_tensors, without, write_json
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from in_process import said
 from mutations import limited, mutate, mutated_bytes, to_json
 from safetensors.torch import save_file

@@ -27,9 +27,9 @@ import pyte
 import pytest
 import rich
 import torch
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from rich.cells import cell_len
 from rich.console import Console
 from rich.screen import Screen

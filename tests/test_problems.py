@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 
-FOLDER = Path(__file__).parents[1] / "examples" / "problems"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "problems"))
 
 import bank
 from make import FUNCTIONS, KINDS, QUESTIONS, Part, Sheet, answered, is_fair, main, make_sheets
 
+FOLDER = Path(bank.__file__).parent
 SEEDS = st.integers(0, 2**32)
 COMMITTED = {
     "tuning.jsonl": (1, 30, 6),

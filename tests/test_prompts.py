@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from refusals import refused
 
-from examples import examples
 from minihogwild.prompts import NAMES, BoxedAnswer, Prompts, boxed, fill, load_prompts, paragraph_closed, says_done
 
 SENTENCE = "The sum is 5."

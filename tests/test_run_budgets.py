@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from refusals import refused
 from scripted import (
     ASKED,

@@ -10,9 +10,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from scripted import (
     EVERY_LAYOUT,
     HEADERS,

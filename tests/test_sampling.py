@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from examples import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from refusals import refused
 from torch import Tensor
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import math_verify
 import pytest
-from examples import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from math_verify.errors import TimeoutException
 from matplotlib.figure import Figure
 from refusals import refused

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from replaying import model as model_of_nobody
 from tiny import END, save_model
