@@ -39,7 +39,10 @@ from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .scoring import HAS_MATH_VERIFY, PartsFound, Problem, asked, joined, read_problems, repeats, share_right
 from .show.results import Progress, draw, table
-from .workers import Run, drive_together, prompt_text
+from .workers import MOST_WORKERS, Run, drive_together, prompt_text
+
+BEGINNING = b'{"evaluated": {'  # of a file of results
+FIGURES = [".svg", ".png", ".pdf"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def command(options: argparse.Namespace) -> int:
     folder = fetch(options.model)
     require_outputs(options, folder)
     words = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
+    require_workers(options.workers[-1], words)
     model = load(options.model, options.dtype, options.device, folder=folder)
     spare_threads(model.config)
     model = replace(model, sampling=replace(model.sampling, **sampling))
@@ -145,6 +149,11 @@ def require_numbers(options: argparse.Namespace) -> None:
     require(not unknown, f"--layouts: {unknown} are unknown: use some of {', '.join(LAYOUTS)}")
 
 
+def require_workers(workers: int, words: Prompts) -> None:
+    most = min(len(words.names), MOST_WORKERS)
+    require(workers <= most, f"--workers {workers}: it must be from 1 to {most}")
+
+
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     read = [options.problems, *folder.glob("*")]
     if options.prompts is not None:
@@ -156,20 +165,25 @@ def require_outputs(options: argparse.Namespace, folder: Path) -> None:
             require_writable(path, option, read + others)
     if options.figure is not None:
         with refusing("--figure"):
-            import matplotlib  # noqa: F401  it is an extra
+            import matplotlib.figure  # noqa: F401  it is an extra
+        known = options.figure.suffix in FIGURES
+        require(known, f"--figure {options.figure}: its name must end in one of {', '.join(FIGURES)}")
 
 
 def description_of(options: argparse.Namespace, model: Model, words: Prompts) -> dict:
     """Whatever results depend on, but for what stands in each of them."""
     return {
-        "model": model.name,
+        "model": Path(model.name).name,  # a folder may be moved
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "kernels": options.kernels,
         "problems": hashlib.sha256(options.problems.read_bytes()).hexdigest()[:16],
         "join": options.join,
         "budgets": options.budgets,
         "batch": options.batch,
         "sampling": asdict(model.sampling),
         "words": asdict(words),
+        "answers": "as mathematics" if HAS_MATH_VERIFY else "letter by letter",
     }
 
 
@@ -268,14 +282,16 @@ class Results:
             written = path.read_bytes() if path.exists() else b""
         self.whole_lines = written[: written.rfind(b"\n") + 1]
         with refusing(f"--out {path}: it holds no results of this command"):
-            lines = [json.loads(line) for line in self.whole_lines.splitlines()]
-            self.is_new = lines == []
-            require(self.is_new or "evaluated" in lines[0], "its first line is another")
+            # Also where no line is whole yet: whatever else it may be, it would be overwritten.
+            is_ours = written.startswith(BEGINNING) or BEGINNING.startswith(written)
+            require(is_ours, f"it does not begin with {BEGINNING.decode()}")
+            lines = [json.loads(line) for line in self.whole_lines.split(b"\n")[:-1]]
             self.entries = lines[1:]
+            self.known = {self._key(entry) for entry in self.entries}
+        self.is_new = lines == []
+        self.description = description
         if not self.is_new:
             require_same(lines[0]["evaluated"], json.loads(json.dumps(description)), path)
-        self.description = description
-        self.known = {self._key(entry) for entry in self.entries}
 
     def __enter__(self) -> "Results":
         self.file = self.path.open("r+b" if self.path.exists() else "xb")
@@ -310,9 +326,10 @@ class Results:
 def require_same(theirs: dict, ours: dict, path: Path) -> None:
     """Raise InputError where results have been computed in another way than they would be now."""
     for key, value in ours.items():
-        same = theirs.get(key) == value
-        if not same and isinstance(value, dict):
-            value = {name: part for name, part in value.items() if theirs.get(key, {}).get(name) != part}
+        before = theirs.get(key)
+        same = before == value
+        if isinstance(value, dict) and isinstance(before, dict):
+            value = {name: part for name, part in value.items() if before.get(name) != part}
         require(same, f"--out {path}: its results were computed otherwise; {key} is now {value}: take another file")
 
 

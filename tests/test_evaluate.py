@@ -19,8 +19,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from in_process import Said, said
 from refusals import assert_one_line
 from sheets import make_sheet
@@ -376,17 +377,19 @@ def test_joined_problems_have_their_answers_in_one_box(command, script, tmp_path
 
 
 def test_parts_are_looked_for_in_all_workers_texts_and_none_is_asked_for_an_answer(command, script, tmp_path, out):
-    texts = {"Alice": ["one 4", "2 x.\n\n", "two", END], "Bob": ["TWO\t 2.", "\n\n", "\\boxed{9} ", END]}
+    texts = {"Alice": ["one 4", "2 x.", "\n\n", "two end", END], "Bob": ["TWO\t 2.", "\n\n", "\\boxed{9} ", END]}
     runs = script(lambda run, name: texts[name])
-    answers = [["42"], ["4"], ["no", "two  2"], ["two"], ["9"]]
+    answers = [["42"], ["4"], ["no", "two  2"], ["two"], ["9"], ["end"]]
     write(tmp_path / "problems", {"problem": "Box \\boxed{}.", "answers": answers})
     result = command(tmp_path / "problems", "--out", out, "--workers", 2, "--budgets", "5,99")
     assert result.code == 0, result.err
     [entry] = read(out)
-    alice, bob = "one 42 x", "TWO\t 2."
-    nine = len(bob) + 1 + 1 + len("\\boxed{9}")  # the blank line is a token, and the pass that feeds it samples none
-    assert entry["found_at"] == [len(alice) - 1, None, len(bob), len("TWO "), nine]
-    assert entry["right"] == {"5": 0.2, "99": 0.8}
+    blank_line = 1 + 1  # a token, and the pass that feeds it samples none
+    nine = len("TWO\t 2.") + blank_line + len("\\boxed{9}")
+    end = len("one 42 x.") + blank_line + len("two end") + 1 + 1  # end-of-sequence is sampled, and fed
+    assert entry["found_at"] == [len("one 42 "), None, len("TWO\t 2."), len("TWO "), nine, end]
+    assert entry["right"] == {"5": pytest.approx(1 / 6), "99": pytest.approx(5 / 6)}
+    assert entry["forward_steps"] == max(end, nine + len(" ") + 1 + 1)
     assert entry["repeats"] == 1  # "two", by both
     assert (entry["finisher_steps"], runs[0].finishers, entry["stopped_by"]) == (0, [], "retired")
 
@@ -439,7 +442,7 @@ def test_cut_off_about_the_end_of_a_line_it_goes_on(whole, go_on, out, line, byt
     assert go_on() == whole
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(part=st.floats(0, 1))
 @example(part=0)
 @example(part=0.001)  # in the first line
@@ -486,17 +489,18 @@ def test_interrupted_however_often_it_loses_no_line(command, problems, out, whol
 
 
 def test_a_failure_in_a_batch_costs_only_that_batch(command, problems, out, whole, go_on, monkeypatch):
-    drive, calls = evaluate.drive_together, []
+    drive, seen = evaluate.drive_together, []
 
     def failing(runs, cache):
-        calls.append(runs)
-        if len(calls) == 3:
+        seen.append(out.read_bytes())  # what a kill would leave
+        if len(seen) == 3:
             raise MemoryError("no memory for this batch")
         return drive(runs, cache)
 
     monkeypatch.setattr(evaluate, "drive_together", failing)
     assert_refused(command(problems, "--out", out, *FEW), "no memory")
-    assert out.read_bytes() == whole[: ends_of_lines(whole)[4]]
+    assert seen == [whole[: ends_of_lines(whole)[line]] for line in (0, 2, 4)]
+    assert out.read_bytes() == seen[-1]
     monkeypatch.undo()
     assert go_on() == whole
 
@@ -593,6 +597,16 @@ def test_a_signal_ends_the_process_and_what_it_wrote_is_gone_on_with(command, fo
     assert (tmp_path / "out").read_bytes() == whole
 
 
+def test_in_the_first_moments_there_is_no_traceback(problems, out):
+    """PyTorch is being imported."""
+    with start(problems, "--out", out) as running:
+        time.sleep(0.8)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in err
+
+
 # ---- with other settings
 
 
@@ -629,7 +643,7 @@ def test_with_other_words_problems_or_another_model_it_does_not_go_on(
     words.write_text(json.dumps(SAYS))  # the model's own
     assert command(problems, "--out", out, *FEW, "--prompts", words).code == 0
     other = shutil.copytree(folder, tmp_path / "other")
-    assert_refused(command(problems, "--out", out, *FEW, "--model", other), "model", other)
+    assert_refused(command(problems, "--out", out, *FEW, "--model", other), "model", other.name)
     write(problems, *PROBLEMS[:2], {**PROBLEMS[2], "answer": "other"})
     assert_refused(command(problems, "--out", out, *FEW), "problems")
     write(problems, *PROBLEMS, *PROBLEMS)
@@ -681,6 +695,11 @@ def test_more_workers_layouts_and_seeds_are_run_where_they_are_missing(command, 
     options = ["--workers", "1,2,3", "--layouts", "combined,contiguous", "--seeds", 2]
     assert command(problems, "--out", tmp_path / "at once", *FEW, *options).code == 0
     assert sorted(grown, key=key) == sorted(read(tmp_path / "at once"), key=key)
+
+
+def test_a_layout_that_is_named_twice_is_run_once(command, problems, out, whole):
+    assert command(problems, "--out", out, *FEW, "--layouts", "combined,combined").code == 0
+    assert out.read_bytes() == whole
 
 
 def test_of_a_batch_only_what_is_missing_is_added(command, problems, out, whole, go_on):

@@ -46,6 +46,10 @@ def restated(
     allowed = [token for token in allowed if words.may_end or token not in model.eos]
     if not shared:
         allowed = list(vocabulary)
+    # No paragraph begins with an empty line
+    allowed_first = allowed
+    if shared and not words.may_end:
+        allowed_first = [token for token in allowed if decode([token]).strip() or "\n" not in decode([token])]
     names = list(NAMES[: len(scripts)])
     late = itertools.repeat(encode("x")[0])
     texts = {name: itertools.chain(script, late) for name, script in zip(names, scripts)}
@@ -67,8 +71,9 @@ def restated(
 
     def draw(name: str) -> int:
         token = next(texts[name])
-        if token not in allowed:  # all others are as likely as each other: then it is the first
-            token = allowed[0]
+        choices = allowed if paragraph[name] else allowed_first
+        if token not in choices:  # all others are as likely as each other: then it is the first
+            token = choices[0]
         queue[name] = [token]
         written[name].append(token)
         paragraph[name].append(token)

@@ -606,6 +606,7 @@ def test_only_a_terminal_is_shown_progress(monkeypatch, is_terminal):
     monkeypatch.setattr(results, "Console", lambda **_: made())
     entries = []
     with Progress(2, entries, [5]) as progress:
+        assert (progress.live is not None) == is_terminal
         entries.append(boxed_entry({5: 1}, 5, "steps", workers=2, layout="combined"))
         progress.show(entries)
         progress.advance()

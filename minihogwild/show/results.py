@@ -58,10 +58,9 @@ def passes_until_right(entry: dict) -> float:
         needed = math.ceil(MOST * len(entry["found_at"]))
         found = sorted(at for at in entry["found_at"] if at is not None)
         return found[needed - 1] if len(found) >= needed else math.inf
-    if entry["stopped_by"] == "answer":
-        was_right = all(share == 1 for budget, share in entry["right"].items() if int(budget) >= entry["forward_steps"])
-        return entry["forward_steps"] if was_right else math.inf
     right = [int(budget) for budget, share in entry["right"].items() if share == 1]
+    if entry["stopped_by"] == "answer":  # what workers answered holds from then on
+        right = [min(budget, entry["forward_steps"]) for budget in right]
     return min(right, default=math.inf)
 
 
