@@ -1,4 +1,6 @@
-"""Concurrent attention: the two tables of a step, and what PyTorch makes of them.
+"""Concurrent attention: a step's two tables, `offset` and `visible`, and what PyTorch makes of them.
+
+A row is one new token: T rows over all W workers. H query heads share K key/value heads, G = H / K each.
 
 Keys and values of all blocks lie in one pool of pages; a page belongs to one block. Attention goes over the pool once
 for all rows, whichever worker they belong to: page by page, with the query that was rotated for that page's block, then
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from .rope import rotate, rotation
 
-# `page_start` of a page that no row of the step may see: its tokens count as past every token that any row may see
+# `page_start` of a page that no row of the step may see: its tokens count as past every token that any row may see.
+# (The largest number of 32 bits, in which some kernels may count; ours here have 64.)
 UNSEEN = 2**31 - 1
 
 # The fields of Plan that are tensors
@@ -29,29 +32,32 @@ class Plan:
     first name them; P the pages from the pool's start to the last one that these blocks hold. All tensors are int64.
     """
 
-    offset: Tensor  # [T, B]: where the block starts in that row's view
-    visible: Tensor  # [T, B]: how many of the block's tokens the row may see
+    offset: Tensor  # [T, B]: where the block starts in that row's view; 0 for a block that is not in it
+    visible: Tensor  # [T, B]: how many of the block's tokens the row may see; 0 likewise
     own: Tensor  # [T]: the column b of the block that the row's token is written to
     slot: Tensor  # [T]: where in the pool it is written: page * PAGE + place in the page
     last: Tensor  # [W]: the row of each worker's last token
     page_block: Tensor  # [P]: the column b of the block that owns the page; 0 for UNSEEN pages
     page_start: Tensor  # [P]: which of the block's tokens comes first in the page; UNSEEN for other blocks' pages
-    page_count: Tensor  # [1]: P without padding, as a tensor: so a kernel of a recorded step can read it
+    # [1]: P without padding; a tensor, so that a kernel in a CUDA graph (gpu/recorded.py) can read it
+    page_count: Tensor
     page_size: int  # tokens of a page, "PAGE" in shapes
-    lone_block_length: int  # the length, where the step's views hold one block alone, as for a prompt; else 0:
-    # a backend may then use a kernel for ordinary attention (gpu/kernels.py)
+    # Where the step's views hold one block alone, as for a prompt, its length: a backend may then use a kernel for
+    # ordinary attention (gpu/kernels.py). Else 0
+    lone_block_length: int
 
     def padded(self, blocks: int, pages: int) -> "Plan":
         """The same plan, on the host, widened to `blocks` and `pages` columns; nobody sees the added ones.
 
-        So all steps with the same number of rows have tables of the same shapes, as a recorded step needs.
+        So all steps with the same number of rows have tables of the same shapes, as a CUDA graph needs. (`page_count`
+        still says how many pages there are to look at.)
         """
         return replace(
             self,
-            offset=padded(self.offset, (len(self.offset), blocks), 0),
-            visible=padded(self.visible, (len(self.visible), blocks), 0),
-            page_block=padded(self.page_block, (pages,), 0),
-            page_start=padded(self.page_start, (pages,), UNSEEN),
+            offset=in_larger(self.offset, (len(self.offset), blocks), 0),
+            visible=in_larger(self.visible, (len(self.visible), blocks), 0),
+            page_block=in_larger(self.page_block, (pages,), 0),
+            page_start=in_larger(self.page_start, (pages,), UNSEEN),
             lone_block_length=0,
         )
 
@@ -69,24 +75,27 @@ class Plan:
     def packed_size(self) -> int:
         return sum(rounded_up(tensor.numel()) for tensor in self.tensors())
 
-    def pack(self, into: Tensor, shapes: "Plan | None" = None) -> None:
-        """Write all tensors into one, on the host, one behind the other; each padded to its shape in the plan `shapes`.
+    def pack(self, into: Tensor, larger_plan: "Plan | None" = None) -> None:
+        """Write all tensors into one, on the host, one behind the other.
 
-        By NumPy: PyTorch may hand even small copies to its thread pool, and a step must not wait for threads.
+        Each is padded, as by `padded`, to the shape that it has in `larger_plan`; to read them again, `unpack` is then
+        called on that one. By NumPy: PyTorch may hand even small copies to its thread pool, and a step must not wait
+        for threads.
         """
         target = into.numpy()
-        larger_ones = self.tensors() if shapes is None else shapes.tensors()
+        larger_tensors = self.tensors() if larger_plan is None else larger_plan.tensors()
         start = 0
-        for tensor, larger in zip(self.tensors(), larger_ones):
+        for tensor, larger in zip(self.tensors(), larger_tensors):
             stop = start + larger.numel()
-            place = target[start:stop].reshape(larger.shape)
+            region = target[start:stop].reshape(larger.shape)  # a view: what is written to it is written to `into`
             if tensor.shape != larger.shape:
-                place.fill(UNSEEN if tensor is self.page_start else 0)
-            place[tuple(map(slice, tensor.shape))] = tensor.numpy()
+                region.fill(UNSEEN if tensor is self.page_start else 0)
+            corner = tuple(map(slice, tensor.shape))
+            region[corner] = tensor.numpy()
             start = rounded_up(stop)
 
     def unpack(self, packed: Tensor) -> "Plan":
-        """This plan with the tensors that were packed into one, as views of it."""
+        """A plan of the numbers that were packed into one tensor, as views of it, in this plan's shapes."""
         found = {}
         start = 0
         for name, tensor in zip(TABLES, self.tensors()):
@@ -96,7 +105,7 @@ class Plan:
         return replace(self, **found)
 
 
-def padded(table: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
+def in_larger(table: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
     """The table, in the corner of a larger one that is else filled with `value`."""
     larger = np.full(shape, value, dtype=np.int64)
     larger[tuple(map(slice, table.shape))] = table.numpy()
@@ -128,8 +137,9 @@ class Positions:
     plan: Plan
     page: Tensor  # [T]: where the new token is written: which page,
     place: Tensor  # [T]: and where in it
-    key_rotation: Tensor  # [2, T, 1, D], cos and sin: to the token's index in its own block
-    query_rotation: Tensor  # [2, T, B, 1, D], cos and sin: by the distance from each block's start
+    # cos and sin; the 1 stands for all heads, which are turned alike
+    key_rotation: Tensor  # [2, T, 1, D]: to the token's index in its own block
+    query_rotation: Tensor  # [2, T, B, 1, D]: by the distance from each block's start
     causal_mask: Tensor | None  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere; None from kernels' backend
 
 
@@ -165,7 +175,8 @@ def causal_mask_of(plan: Plan, dtype: torch.dtype) -> Tensor:
 def append(kv: LayerCache, k: Tensor, v: Tensor, positions: Positions) -> None:
     """Write the step's keys and values, [T, K, D] each, at the ends of their blocks."""
     rotated = rotate(k.to(positions.key_rotation.dtype), *positions.key_rotation)
-    kv.keys[positions.page, :, positions.place] = rotated.to(kv.keys.dtype)  # [T, K, D]: what is indexed comes first
+    # Where a slice stands between two index tensors, PyTorch puts their axis first: the place is [T, K, D].
+    kv.keys[positions.page, :, positions.place] = rotated.to(kv.keys.dtype)
     kv.values[:, positions.plan.slot] = v.transpose(0, 1).to(kv.values.dtype)
 
 
@@ -193,15 +204,16 @@ def attention_weights(q: Tensor, kv: LayerCache, positions: Positions, scale: fl
     mask = positions.causal_mask
     T, K, P, PAGE = len(q), kv.keys.shape[1], len(plan.page_block), plan.page_size
     # Each page meets the queries that were rotated for the page's block.
-    by_block = rotate_for_each_block(q, positions, K).contiguous()  # [B, K, T, G, D]
-    queries = by_block.index_select(0, plan.page_block)  # [P, K, T, G, D]
+    by_block = rotate_for_each_block(q, positions, K).contiguous()  # [B, K, T, G, D]: or the next line were slow
+    of_each_page = by_block.index_select(0, plan.page_block)  # [P, K, T, G, D]
     del by_block
-    keys = kv.keys[:P].to(mask.dtype)  # [P, K, PAGE, D]
-    products = torch.bmm(queries.flatten(0, 1).flatten(1, 2), keys.flatten(0, 1).mT)  # [P K, T G, PAGE]
-    del queries  # the largest tensor of all where many tokens are prefilled
+    queries = of_each_page.flatten(0, 1).flatten(1, 2)  # [P K, T G, D]
+    keys = kv.keys[:P].to(mask.dtype).flatten(0, 1)  # [P K, PAGE, D]
+    products = torch.bmm(queries, keys.mT)  # [P K, T G, PAGE]
+    del of_each_page, queries  # the largest tensor of all where many tokens are prefilled
     products = products.view(P, K, T, -1, PAGE).permute(1, 2, 3, 0, 4)  # [K, T, G, P, PAGE]
-    # mask + scale * products, written into a new tensor in this very order: left alone, the sum would keep the order
-    # that the products have in memory, and the softmax would have to copy it.
+    # mask + scale * products, into a new, contiguous tensor: by itself the sum would inherit the permuted strides, and
+    # the softmax would have to copy it.
     scores = torch.add(mask, products, alpha=scale, out=products.new_empty(products.shape))
     return scores.flatten(3).softmax(-1)  # over all blocks together
 

@@ -227,7 +227,7 @@ def trace_page(run: Run) -> bytes:
     from .show.trace import page  # not above: what watches is no part of the engine
 
     names = {writer.block: writer.name for writer in run.workers + run.finishers}
-    return page(run.blocks, run.history, run.model, run.summary(), names)
+    return page(run.blocks, run.history, run.model, run.summary(), names, run.backend)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from .weights import Layer, Matrix, Weights
 
 
 class Oracle:
-    """A cache and a forward pass in one: `step` takes what one step of all workers takes, and returns its logits."""
+    """A cache and a forward pass in one: `step` takes the views and tokens of one step, and returns its logits."""
 
     def __init__(self, config: Config, weights: Weights, blocks: list[str]):
         self.config = config
@@ -42,28 +42,28 @@ class Oracle:
         hidden = []  # for each worker: [n, E], n new tokens
         for ids in tokens:
             hidden.append(self.embed[torch.tensor(ids)])
-        for number in range(len(self.layers)):
-            hidden = self.transformer_layer(number, views, hidden)
+        for layer_index in range(len(self.layers)):
+            hidden = self.transformer_layer(layer_index, views, hidden)
         logits = []
         for x in hidden:
             last = self.norm(x[-1], self.final_norm)
             logits.append(self.head @ last)
         return torch.stack(logits)
 
-    def transformer_layer(self, number: int, views: list[list[str]], hidden: list[Tensor]) -> list[Tensor]:
+    def transformer_layer(self, layer_index: int, views: list[list[str]], hidden: list[Tensor]) -> list[Tensor]:
         """For each worker [n, E] in and out. All of them write to their blocks, and only then each looks."""
-        layer = self.layers[number]
+        layer = self.layers[layer_index]
         queries = []
         for view, x in zip(views, hidden):
             own = view[-1]
             q, k, v = self.project(x, layer)
-            self.keys[own][number] = torch.cat((self.keys[own][number], k))
-            self.values[own][number] = torch.cat((self.values[own][number], v))
+            self.keys[own][layer_index] = torch.cat((self.keys[own][layer_index], k))
+            self.values[own][layer_index] = torch.cat((self.values[own][layer_index], v))
             queries.append(q)
 
         outputs = []
         for view, x, q in zip(views, hidden, queries):
-            mixed = self.attention(number, view, q)  # [n, H, D]
+            mixed = self.attention(layer_index, view, q)  # [n, H, D]
             x = x + mixed.flatten(1) @ layer.out.T
             y = self.norm(x, layer.mlp_norm)
             transformed = [self.mlp(token, layer) for token in y]
@@ -85,15 +85,15 @@ class Oracle:
             k = self.norm(k, layer.k_norm)
         return q, k, v
 
-    def attention(self, number: int, view: list[str], q: Tensor) -> Tensor:
-        """[n, H, D]: a worker's n new tokens end its view; each looks at itself and all that stands before it."""
-        keys = torch.cat([self.keys[block][number] for block in view])  # [S, K, D], S tokens in the view
-        values = torch.cat([self.values[block][number] for block in view])
+    def attention(self, layer_index: int, view: list[str], q: Tensor) -> Tensor:
+        """[n, H, D]: a worker's n new tokens stand last in its view; each looks at itself and all before it."""
+        keys = torch.cat([self.keys[block][layer_index] for block in view])  # [S, K, D], S tokens in the view
+        values = torch.cat([self.values[block][layer_index] for block in view])
         S, n = len(keys), len(q)
         positions = torch.arange(S)
         new_positions = positions[S - n :]
 
-        kind = self.config.layer_kinds[number]
+        kind = self.config.layer_kinds[layer_index]
         q = self.rotate(q, new_positions, kind)
         keys = self.rotate(keys, positions, kind)
 
@@ -112,8 +112,8 @@ class Oracle:
         if layer.router is None:
             return swiglu(x, layer.gate_up, layer.down)
         probabilities = (layer.router @ x).softmax(0).tolist()
-        by_probability = sorted(range(len(probabilities)), key=lambda expert: probabilities[expert])
-        chosen = by_probability[-self.config.num_experts_per_tok :]
+        least_likely_first = sorted(range(len(probabilities)), key=lambda expert: probabilities[expert])
+        chosen = least_likely_first[-self.config.num_experts_per_tok :]
         whole = 1.0
         if self.config.norm_topk_prob:
             whole = sum(probabilities[expert] for expert in chosen)
@@ -142,16 +142,16 @@ class Oracle:
 
     def move(self, source: str, target: str) -> None:
         """Append the whole of one block to another, and empty it."""
-        for number in range(len(self.layers)):
-            self.keys[target][number] = torch.cat((self.keys[target][number], self.keys[source][number]))
-            self.values[target][number] = torch.cat((self.values[target][number], self.values[source][number]))
+        for stored in (self.keys, self.values):
+            for layer_index in range(len(self.layers)):
+                stored[target][layer_index] = torch.cat((stored[target][layer_index], stored[source][layer_index]))
         self.drop(source)
 
     def drop(self, block: str) -> None:
         """Empty a block."""
-        for number in range(len(self.layers)):
-            self.keys[block][number] = self.keys[block][number][:0]
-            self.values[block][number] = self.values[block][number][:0]
+        for stored in (self.keys, self.values):
+            for layer_index in range(len(self.layers)):
+                stored[block][layer_index] = stored[block][layer_index][:0]
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -185,13 +185,13 @@ def frequencies_of_pairs(config: Config) -> list[float]:
     frequencies = []
     for pair in range(config.head_dim // 2):
         trained = 1 / rope.rope_theta ** (2 * pair / config.head_dim)
-        stretched = trained / rope.factor
-        share = min(max(share_that_is_stretched(pair, trained, config), 0.0), 1.0)
-        frequencies.append(share * stretched + (1 - share) * trained)
+        slowed = trained / rope.factor
+        share = min(max(share_that_is_slowed(pair, trained, config), 0.0), 1.0)
+        frequencies.append(share * slowed + (1 - share) * trained)
     return frequencies
 
 
-def share_that_is_stretched(pair: int, trained_frequency: float, config: Config) -> float:
+def share_that_is_slowed(pair: int, trained_frequency: float, config: Config) -> float:
     """How much of a pair's frequency is divided by `factor`: none of it (0, or less), all (1, or more), or a part."""
     rope = config.rope
     if rope.rope_type == "default":
@@ -202,7 +202,8 @@ def share_that_is_stretched(pair: int, trained_frequency: float, config: Config)
         wavelength = 2 * math.pi / trained_frequency
         turns = rope.original_max_position_embeddings / wavelength  # in the trained context
         return (rope.high_freq_factor - turns) / (rope.high_freq_factor - rope.low_freq_factor)
-    # yarn: none up to the pair that makes beta_fast turns in the trained context, all from that of beta_slow turns on
+    # yarn: 0 up to the pair that makes beta_fast turns in the trained context, rising to 1 at the one that makes
+    # beta_slow turns
     first = pair_that_makes(rope.beta_fast, config)
     last = pair_that_makes(rope.beta_slow, config)
     if rope.truncate:
@@ -212,12 +213,12 @@ def share_that_is_stretched(pair: int, trained_frequency: float, config: Config)
     last = min(last, config.head_dim - 1)  # as transformers has it, though there are only D / 2 pairs
     width = last - first
     if width == 0:
-        width = 0.001  # no division by 0, but a jump from one pair to the next; transformers has the same number
+        width = 0.001  # no division by 0, but a jump from one pair to the next; transformers has the same layer_index
     return (pair - first) / width
 
 
 def pair_that_makes(turns: float, config: Config) -> float:
-    """The pair, as a real number, that makes `turns` turns in the trained context."""
+    """The pair, as a real layer_index, that makes `turns` turns in the trained context."""
     rope = config.rope
     wavelength = rope.original_max_position_embeddings / turns
     # A pair's wavelength is 2 pi theta ** (2 pair / D): solved for the pair

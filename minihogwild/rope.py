@@ -36,6 +36,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     if rope.rope_type == "linear":
         kept = torch.zeros_like(trained)
     elif rope.rope_type == "llama3":
+        # Its "factors" are numbers of turns: at low_freq_factor nothing is kept, at high_freq_factor all
         turns = rope.original_max_position_embeddings * trained / (2 * math.pi)
         kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     else:
@@ -47,16 +48,20 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
-    """The pairs between which yarn passes from 'as trained' to 'divided by factor'."""
+    """The pairs between which yarn passes from 'as trained' to 'divided by factor': indices, perhaps fractions.
 
-    def pair_that_makes(turns: float) -> float:  # in the trained context
-        wavelength = rope.original_max_position_embeddings / turns
+    They are those that make beta_fast and beta_slow turns in the trained context.
+    """
+
+    def pair_that_makes(turns: float) -> float:
+        wavelength = rope.original_max_position_embeddings / turns  # in positions
+        # A pair's wavelength is 2 pi theta ** (2 pair / D): solved for the pair
         return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_that_makes(rope.beta_fast), pair_that_makes(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, head_dim - 1)  # as transformers has it, though there are only D / 2 pairs
     if low == high:
         high += 0.001  # a ramp without width would divide by zero
     return low, high
@@ -65,7 +70,8 @@ def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
 def attention_scale(config: Config) -> float:
     """What scores are multiplied by: m² / √D.
 
-    YaRN's m belongs here, and never in a rotation: a moved key is rotated twice, and would get it twice.
+    YaRN multiplies queries and keys by m, so their products by m². That belongs here, and never in a rotation: a moved
+    key is rotated twice, and would get it twice.
     """
     return attention_factor(config.rope) ** 2 / config.head_dim**0.5
 
@@ -83,7 +89,7 @@ def attention_factor(rope: Rope) -> float:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos and sin for `rotate`, [2, *positions.shape, D]; the first half of sin is negated.
+    """cos and sin for `rotate`, [2, *positions.shape, D]; the first half of sin is negated, as `rotate` needs it.
 
     The product is taken in float64: in float32, angles near position 131,072 are off by up to 0.006 rad.
     """
@@ -96,6 +102,7 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[..., i], x[..., i + D / 2]) by the angles of `rotation`."""
-    other_half = x.roll(x.shape[-1] // 2, -1)
+    """Turn each pair (x[..., i], x[..., i + D / 2]) by an angle, given as the cos and sin that `rotation` makes."""
+    other_half = x.roll(x.shape[-1] // 2, -1)  # beside each number, the other one of its pair
+    # First half: a cos - b sin; second half: b cos + a sin. The minus sign is already in `sin`.
     return torch.addcmul(x * cos, other_half, sin)

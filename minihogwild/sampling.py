@@ -1,4 +1,7 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, in that order."""
+"""From logits to the next token: temperature, top-k, then top-p and min-p.
+
+The last two are both measured on the probabilities that top-k has left, which sum to 1: so their order does not matter.
+"""
 
 from dataclasses import dataclass
 
@@ -30,23 +33,25 @@ class Sampling:
 def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> Tensor:
     """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator): [W] int64.
 
-    -1 where a logit is NaN or +inf: no error, so that whoever reads the ids from a GPU learns both at once.
+    -1 where a logit is NaN or +inf, and no exception: so one read from a GPU brings the ids, or that they failed.
     """
-    sound = (logits < torch.inf).all(-1)
+    sound = (logits < torch.inf).all(-1)  # false for NaN too
     if sampling.temperature == 0:
         return logits.argmax(-1).where(sound, -1)
     probabilities, ids = likeliest_first(logits.float(), sampling)
     probabilities = filtered(probabilities, sampling)
 
-    # Walk along the tokens until their probabilities have added up to a random share of the whole. A float32 sum stops
+    # Walk along the tokens until their probabilities have added up to a random part of the whole. A float32 sum stops
     # growing when it comes to tiny probabilities, and such tokens would never be drawn; but mps has no float64.
     widest = torch.float32 if logits.device.type == "mps" else torch.float64
     reached = probabilities.cumsum(-1, dtype=widest)
     uniform = torch.stack([torch.rand(1, generator=stream) for stream in streams])  # [W, 1]
-    share = uniform.to(logits.device, non_blocking=True) * reached[:, -1:]
-    choice = torch.searchsorted(reached, share, right=True)  # right: a share of 0 passes by tokens of probability 0
-    # The product may round up to the sum itself: then it is the last token that was kept, the first to reach the sum.
-    last_kept = (reached < reached[:, -1:]).sum(-1, keepdim=True)
+    whole = reached[:, -1:]  # [W, 1]
+    part = uniform.to(logits.device, non_blocking=True) * whole
+    choice = torch.searchsorted(reached, part, right=True)  # right: a part of 0 passes by tokens of probability 0
+    # Never past the last token that was kept, the first to reach the whole: where logits are NaN, or should a product
+    # round up to the whole, the search would end behind all tokens.
+    last_kept = (reached < whole).sum(-1, keepdim=True)
     choice = choice.minimum(last_kept)
     return ids.gather(-1, choice)[:, 0].where(sound, -1)
 
@@ -56,7 +61,8 @@ def likeliest_first(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
 
     To sort a vocabulary of 150,000 takes a CPU far longer than all else here. With top-p, only those that it may keep
     are needed. Without it, the order of the unlikely ones does not matter: they follow behind the sorted ones, in the
-    vocabulary's order (which also lists the sorted ones once more, with probability 0).
+    vocabulary's order (which also lists the sorted ones once more, with probability 0). So n is k with top-k, with
+    top-p SORTED_FIRST or V, and else SORTED_FIRST + V.
     """
     V = logits.shape[-1]
     if sampling.top_k:
@@ -79,8 +85,9 @@ def likeliest_first(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
 
 
 def softmax_at(temperature: float, logits: Tensor) -> Tensor:
-    distance = logits - logits.amax(-1, keepdim=True)  # 0 for the likeliest: to divide it cannot overflow
-    not_zero = max(temperature, 1e-30)  # a smaller one would be 0 in float32
+    # The likeliest is at 0, and stays there however small the temperature; others may go to -inf, which is right.
+    distance = logits - logits.amax(-1, keepdim=True)
+    not_zero = max(temperature, 1e-30)  # far above where float32 ends, so that 0 is never divided by 0
     return (distance / not_zero).softmax(-1)
 
 
@@ -91,6 +98,8 @@ def filtered(probabilities: Tensor, sampling: Sampling) -> Tensor:
     """
     kept = probabilities >= sampling.min_p * probabilities[:, :1]
     if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities  # of all that are likelier: with top-p all are sorted
+        # The sum of all likelier tokens: with top-p, all of these are sorted. float32 will do: a rounding may only move
+        # the border by a token.
+        before = probabilities.cumsum(-1) - probabilities
         kept &= before < sampling.top_p
     return probabilities.where(kept, 0)

@@ -320,7 +320,7 @@ def test_a_plan_is_the_same_after_it_has_been_packed():
             assert value == getattr(unpacked, name), name
     padded = plan.padded(blocks=5, pages=len(cache.page_owner) + 1)
     at_once = torch.empty(padded.packed_size(), dtype=torch.int64)
-    plan.pack(at_once, shapes=padded)
+    plan.pack(at_once, larger_plan=padded)
     for ours, theirs in zip(padded.unpack(at_once).tensors(), padded.tensors(), strict=True):
         assert torch.equal(ours, theirs)
     assert forward(torch.arange(7), random_weights(shape, torch.float32), shape, cache, unpacked).isfinite().all()

@@ -54,7 +54,7 @@ class RecordedSteps:
         recording = self.by_rows[rows]
         recording.tokens.copy_(tokens)
         packed = torch.empty(len(recording.packed_plan), dtype=torch.int64, pin_memory=True)
-        plan.pack(packed, shapes=recording.plan)
+        plan.pack(packed, larger_plan=recording.plan)
         recording.packed_plan.copy_(packed, non_blocking=True)
         recording.graph.replay()
         return recording.logits.clone()  # the next step writes its own to the same place
