@@ -13,7 +13,7 @@ from hypothesis_profile import examples
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "problems"))
 
 import bank
-from make import FUNCTIONS, KINDS, QUESTIONS, Part, Sheet, answered, is_fair, main, make_sheets
+from make_problems import FUNCTIONS, KINDS, QUESTIONS, Part, Sheet, answered, is_fair, main, make_sheets
 
 FOLDER = Path(bank.__file__).parent
 SEEDS = st.integers(0, 2**32)
@@ -188,7 +188,7 @@ def test_a_seed_fixes_every_byte_and_another_seed_others(kind, tmp_path):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_committed_files_are_what_the_command_makes(name, tmp_path):
     seed, questions, sheets = COMMITTED[name]
-    command = f"python examples/problems/make.py --questions {questions} --sheets {sheets} --seed {seed}"
+    command = f"python examples/problems/make_problems.py --questions {questions} --sheets {sheets} --seed {seed}"
     assert f"{command} --out examples/problems/{name}" in (FOLDER / "README.md").read_text()
     again = made(tmp_path / name, "--questions", questions, "--sheets", sheets, "--seed", seed)
     assert (FOLDER / name).read_bytes() == again

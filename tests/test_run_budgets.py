@@ -53,7 +53,7 @@ def run_to_end(run: Run, driver=drive) -> tuple[list[dict], list[str]]:
     return [{key: value for key, value in event.items() if key != "logits"} for event in events], digests
 
 
-@examples(60, suppress_health_check=[HealthCheck.too_slow])
+@examples(30, suppress_health_check=[HealthCheck.too_slow])
 @given(
     layout=st.sampled_from(EVERY_LAYOUT),
     workers=st.integers(1, 3),
@@ -156,7 +156,7 @@ def test_a_budget_asks_whether_or_not_the_prompt_speaks_of_a_box(model):
 # ---- several runs in one cache
 
 
-@examples(25, suppress_health_check=[HealthCheck.too_slow])
+@examples(12, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kinds=st.lists(st.tuples(st.sampled_from(EVERY_LAYOUT), st.integers(1, 3)), min_size=1, max_size=4),
     seed=st.integers(0, 1000),

@@ -1,6 +1,6 @@
 """Makes sheets of small parts, to see how well several workers share out a job.
 
-python examples/problems/make.py --kind questions --sheets 60 --seed 1 --out sheets.jsonl
+python examples/problems/make_problems.py --kind questions --sheets 60 --seed 1 --out sheets.jsonl
 
 A sheet is a problem of numbered parts, one a line, and for each part what counts as an answer. The parts need nobody
 clever: what is to be seen is whether each is done, and by one worker only. So an answer must tell its own part and
