@@ -334,6 +334,32 @@ def test_no_file_of_the_current_folder_stands_in_for_a_module(tmp_path: Path, pa
     assert (done.returncode, done.stderr, done.stdout) == (0, "", '["hello!"]\n')
 
 
+def test_no_module_of_the_package_stands_in_for_another(tmp_path: Path):
+    """As the package's `show/trace.py` would for Python's own `trace`, where somebody's PYTHONPATH leads there."""
+    package, drawer = tmp_path / "package", tmp_path / "package" / "show"
+    for folder in (drawer, package / "hub"):
+        folder.mkdir(parents=True)
+    for name in STAND_INS:
+        for folder in (package, drawer):
+            (folder / f"{name}.py").write_text("raise SystemExit('not this one')")
+    program = Path(shutil.copy(render_template.__file__, package / "hub"))
+    found_elsewhere = [str(package), str(drawer), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = rendered(program, Path.cwd(), PYTHONPATH=os.pathsep.join(found_elsewhere))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", '["hello!"]\n')
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes no folder that is in use")
+def test_the_current_folder_may_have_been_deleted(tmp_path: Path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    request = json.dumps(
+        {"template": "{{ messages[0].content }}!", "special_tokens": {}, "prompts": ["a"], "allowed": 9}
+    )
+    script = f"rmdir '{gone}'; exec '{sys.executable}' '{render_template.__file__}'"
+    done = subprocess.run(["sh", "-c", script], cwd=gone, input=request, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, '["a!"]\n')
+
+
 FAILING = {
     "raise_exception": ("{{ raise_exception('Only assistant and tool roles are supported') }}", "Only assistant"),
     "two lines of it": ("{{ raise_exception('Not here,\nnot anywhere') }}", "Not here"),

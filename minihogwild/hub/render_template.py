@@ -10,9 +10,20 @@ import sys
 if __name__ == "__main__":
     # Python looks for modules beside a program, and often in the current folder too. Whatever lies there under the name
     # of one of Python's own modules, or of jinja's, would be run in its place.
-    own_folder = os.path.dirname(os.path.realpath(__file__))
-    not_to_import_from = (own_folder, os.getcwd())
-    sys.path = [folder for folder in sys.path if os.path.realpath(folder) not in not_to_import_from]
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    try:
+        current_folder = os.getcwd()
+    except OSError:
+        current_folder = None  # it has been deleted
+
+    def may_be_imported_from(folder: str) -> bool:
+        if not os.path.isabs(folder):
+            return False  # it depends on the current folder
+        real = os.path.realpath(folder)
+        is_of_package = os.path.join(real, "").startswith(os.path.join(package, ""))
+        return real != current_folder and not is_of_package
+
+    sys.path = [folder for folder in sys.path if may_be_imported_from(folder)]
 
 import json
 import re
