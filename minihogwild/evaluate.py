@@ -87,8 +87,9 @@ def arguments() -> Parser:
         help="put K problems into one prompt; counts the share that is right",
     )
     add(
-        "--batch", type=int, default=1, metavar="N", help="solve N problems at the same time, in one cache (default: 1)"
-    )
+        "--batch", type=int, default=1, metavar="N",
+        help="solve N problems at the same time, in one cache, by plain PyTorch (default: 1)",
+    )  # fmt: skip
     add(
         "--figure", type=Path, metavar="FILE", help="draw what is right against forward passes (.svg, .png; matplotlib)"
     )
@@ -99,10 +100,13 @@ def arguments() -> Parser:
 
 
 def increasing_numbers(text: str) -> list[int]:
-    """N,N,N. Raises ValueError for anything else, and where they do not increase."""
-    numbers = [int(part) for part in text.split(",")]
-    if numbers != sorted(set(numbers)) or numbers[0] < 1:
-        raise ValueError
+    """N,N,N. Raises argparse's error for anything else, and where they do not increase."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, increasing, as 1,2,4, not {text!r}")
     return numbers
 
 
@@ -122,7 +126,7 @@ def command(options: argparse.Namespace) -> int:
         print("without math-verify, answers are compared letter by letter: pip install 'minihogwild[evaluate]'",
               file=sys.stderr)  # fmt: skip
 
-    results = Results(options.out, description_of(options, model, words))
+    results = Results(options.out, description_of(options, model, words, problems))
     batches = plan(options, len(problems))
     with results, Progress(len(batches), results.entries, options.budgets) as progress:
         for batch in batches:
@@ -170,10 +174,12 @@ def require_outputs(options: argparse.Namespace, folder: Path) -> None:
         require(known, f"--figure {options.figure}: its name must end in one of {', '.join(FIGURES)}")
 
 
-def description_of(options: argparse.Namespace, model: Model, words: Prompts) -> dict:
+def description_of(options: argparse.Namespace, model: Model, words: Prompts, problems: list[Problem]) -> dict:
     """Whatever results depend on, but for what stands in each of them."""
-    return {
-        "model": Path(model.name).name,  # a folder may be moved
+    is_folder = Path(options.model).expanduser().is_dir()
+    description = {
+        "model": model.folder.resolve().name if is_folder else model.name,  # a folder may be moved
+        "config": hashlib.sha256((model.folder / "config.json").read_bytes()).hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "kernels": options.kernels,
@@ -183,8 +189,10 @@ def description_of(options: argparse.Namespace, model: Model, words: Prompts) ->
         "batch": options.batch,
         "sampling": asdict(model.sampling),
         "words": asdict(words),
-        "answers": "as mathematics" if HAS_MATH_VERIFY else "letter by letter",
     }
+    if any(problem.expected for problem in problems):
+        description["answers"] = "as mathematics" if HAS_MATH_VERIFY else "letter by letter"
+    return description
 
 
 def plan(options: argparse.Namespace, count: int) -> list[Batch]:
@@ -209,7 +217,8 @@ def solve(
 ) -> Iterator[dict]:
     """Run a batch to its end; yields the results, by the problems' indices."""
     # Compiled and recorded steps are for one number of rows; in a batch it changes as runs end.
-    backend = choose_backend(model.device, model.dtype, kernels=options.kernels == "auto" and len(batch.problems) == 1)
+    with_kernels = options.kernels == "auto" and options.batch == 1
+    backend = choose_backend(model.device, model.dtype, with_kernels)
     workers, layout = batch.setting.workers, batch.setting.layout
     prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
     model.tokenizer.render_ahead(prompts)
@@ -217,7 +226,7 @@ def solve(
     for number in batch.problems:
         problem = problems[number]
         with refusing(f"problem {number + 1}"):
-            runs[f"{number}: "] = run = Run(
+            runs[f"{number}: "] = Run(
                 model,
                 asked(problem),
                 workers,
@@ -228,16 +237,17 @@ def solve(
                 backend=backend,
                 budgets=tuple(options.budgets) if problem.expected else (),
             )
-        found[id(run)] = PartsFound(problem.parts)
+        found[f"{number}: "] = PartsFound(problem.parts)
     blocks = [key + block for key, run in runs.items() for block in run.blocks]
     cache = Cache(model.config, blocks, model.dtype, model.device, backend)
-    for run, event in drive_together(runs, cache):
+    for key, event in drive_together(runs, cache):
         if event["do"] in ("text", "retire"):
-            for worker in run.workers:
+            for worker in runs[key].workers:
                 if worker.name == event["worker"]:
-                    found[id(run)].look(worker.paragraphs[-1], run.forward_steps, is_whole=not worker.active)
-    for number, run in zip(batch.problems, runs.values()):
-        yield result_of(run, number, problems[number], found[id(run)], options.budgets)
+                    text, steps = worker.paragraphs[-1], runs[key].forward_steps
+                    found[key].look(text, steps, is_whole=not worker.active)
+    for number, key in zip(batch.problems, runs):
+        yield result_of(runs[key], number, problems[number], found[key], options.budgets)
 
 
 def result_of(run: Run, number: int, problem: Problem, found: PartsFound, budgets: list[int]) -> dict:
@@ -294,7 +304,8 @@ class Results:
             require_same(lines[0]["evaluated"], json.loads(json.dumps(description)), path)
 
     def __enter__(self) -> "Results":
-        self.file = self.path.open("r+b" if self.path.exists() else "xb")
+        target = Path(os.path.realpath(self.path))
+        self.file = target.open("r+b" if target.exists() else "xb")
         self.file.truncate(len(self.whole_lines))
         self.file.seek(0, os.SEEK_END)
         if self.is_new:

@@ -201,7 +201,7 @@ def write_results(run: Run, options: argparse.Namespace, digests: list[str]) -> 
     """Write each file that was asked for; what could not be written, as errors: one must not cost the others."""
     contents: dict[str, Callable[[], bytes]] = {
         "--json": lambda: json.dumps(run.summary(), ensure_ascii=False, indent=2).encode() + b"\n",
-        "--record": lambda: schedule_json(run.blocks, with_digests(run.history, digests), run.banned),
+        "--record": lambda: schedule_json(run.blocks, with_digests(run.history, digests), bans_of(run)),
         "--trace": lambda: trace_page(run),
     }
     failures = []
@@ -221,6 +221,10 @@ def with_digests(history: list[dict], digests: list[str]) -> list[dict]:
         found = next(remaining, None) if event["do"] == "step" else None
         events.append(event if found is None else event | {"digest": found})
     return events
+
+
+def bans_of(run: Run) -> dict[str, list[int]]:
+    return {"banned": run.banned, "banned_first": run.banned_first}
 
 
 def trace_page(run: Run) -> bytes:

@@ -13,9 +13,14 @@ HEADER_OWN = "header own"
 SEPARATOR = "separator"
 
 
-def block_of(writer: str) -> str:
-    """The block that a worker or a finisher of this name writes to: never the name of one of the blocks above."""
-    return f"text of {writer}"
+def block_of(worker: str) -> str:
+    """The block that a worker of this name writes to: never the name of one of the blocks above."""
+    return f"text of {worker}"
+
+
+def answer_block_of(finisher: str) -> str:
+    """The block that a finisher writes to."""
+    return f"answer by {finisher}"
 
 
 def role_block_of(worker: str) -> str:

@@ -51,10 +51,11 @@ The problem:
     # What the reply begins with, before any worker writes; auto: "<think>\n" for a model that thinks before it answers,
     # if its chat template does not begin with that itself
     opening: str = "auto"
-    # A worker may end its text by itself, by end-of-sequence. Untrained models do so too early: without this, no token
-    # is sampled that ends anything, or that has no text (end-of-sequence, beginning-of-sequence, </think>, ...)
+    # A worker may end its text by itself, by end-of-sequence. Untrained models do so too early: without this, workers
+    # who share sample no token that ends anything, or that has no text (end-of-sequence, beginning-of-sequence,
+    # </think>, ...), and none of white space with a line break where a paragraph begins
     may_end: bool = False
-    # No token is sampled whose text contains one of these
+    # Workers who share sample no token whose text contains one of these
     banned: tuple[str, ...] = ()
     # By writing this, a worker says that nothing is left to do, and retires; "": there is no such word
     done: str = ""
@@ -86,6 +87,8 @@ The problem:
         require(0 <= self.pace <= 1000, f"pace must be from 0 to 1000 steps a second, not {self.pace}")
         require(self.finisher_tokens >= 1, f"finisher_tokens must be at least 1, not {self.finisher_tokens}")
         require(all(self.banned), "banned must not have an empty text: every token contains that")
+        is_said_whole = self.done == self.done.strip() and (not self.done or any(map(str.isalpha, self.done)))
+        require(is_said_whole, f"done must be words, without spaces around them, not {self.done!r}")
         unknown = [name for name in self.unaware if name not in self.names]
         require(not unknown, f"unaware: {unknown} are not among the names")
         require(len(self.roles) <= len(self.names), f"{len(self.roles)} roles, but only {len(self.names)} names")
@@ -191,7 +194,12 @@ def ends_a_sentence(text: str) -> bool:
 
 def says_done(text: str, done: str) -> bool:
     """Does the text end with the words by which a worker says that nothing is left?"""
-    return done != "" and text.rstrip().lower().endswith(done.lower())
+    if not done:
+        return False
+    said = text.rstrip().lower()
+    before = said.removesuffix(done.lower())
+    is_part_of_a_word = before[-1:].isalnum() and done[0].isalnum()
+    return before != said and not is_part_of_a_word
 
 
 # ---- answers

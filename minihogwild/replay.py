@@ -9,8 +9,8 @@ A schedule is a run without its words: what was done to the cache's blocks, in o
     {"do": "drop", "block": block}
 
 In a step each worker feeds its tokens to the last block of its view. A move appends the whole of a block to another
-and empties it; a drop empties it. A schedule may also name the ids that no worker was allowed to sample, "banned"; the
-logits are those without that.
+and empties it; a drop empties it. A schedule may also name the ids that its workers were not allowed to sample,
+"banned", and those where a paragraph began, "banned_first"; the logits are those without that.
 
 The logits go to a safetensors file: for each step event a tensor `step_0000`, numbered by the event's index, float32,
 [workers in the step, V], after each worker's last token.
@@ -47,7 +47,7 @@ KEYS = {
 # ---- schedules
 
 
-def schedule_json(blocks: list[str], events: list[dict], banned: Collection[int] = ()) -> bytes:
+def schedule_json(blocks: list[str], events: list[dict], bans: dict[str, list[int]] | None = None) -> bytes:
     """A schedule as a file holds it, with a line for each event.
 
     `events` may be those of a Run: what a schedule does not say (who began, who moved, ...) is left out.
@@ -59,9 +59,9 @@ def schedule_json(blocks: list[str], events: list[dict], banned: Collection[int]
             kept = {key: event[key] for key in keys if key in event}
             lines.append(json.dumps(kept, ensure_ascii=False))
     names = json.dumps(blocks, ensure_ascii=False)
-    bans = f' "banned": {list(banned)},' if banned else ""
+    bans_spelled = "".join(f'"{name}": {ids}, ' for name, ids in (bans or {}).items() if ids)
     all_lines = ",\n".join(lines)
-    return f'{{"version": 1, "blocks": {names},{bans} "events": [\n{all_lines}\n]}}\n'.encode()
+    return f'{{"version": 1, "blocks": {names}, {bans_spelled}"events": [\n{all_lines}\n]}}\n'.encode()
 
 
 def read_schedule(path: Path, vocab_size: int) -> dict:
@@ -78,6 +78,8 @@ def read_schedule(path: Path, vocab_size: int) -> dict:
         names_differ = is_list_of(str, blocks) and len(set(blocks)) == len(blocks)
         require(names_differ, "blocks must be a list of names that differ")
         require(isinstance(events, list), "events must be a list")
+        for name in ("banned", "banned_first"):
+            require(is_list_of(int, schedule.get(name, [])), f"{name} must be a list of int")
         known_blocks = set(blocks)
         for index, event in enumerate(events):
             with refusing(f"event {index}"):

@@ -9,6 +9,7 @@ A file of problems has a JSON object in each line, of one of two kinds:
 one of its alternatives stands in what the workers have written.
 """
 
+import functools
 import json
 import logging
 import re
@@ -126,17 +127,31 @@ def is_same_answer(given: str, expected: str) -> bool:
 
 
 def stands_in(text: str, alternatives: tuple[str, ...], at_end: bool = True) -> bool:
-    """Does one of them stand in the text, as whole words? Case, and how much white space there is, don't matter.
+    """Does one of them stand in the text, as whole words or numbers? Case and the amount of white space don't matter.
 
-    With `at_end` off, not where the text ends with it: while that is being written, "4" may yet become "42".
+    With `at_end` off, not where the text ends with it: while that is being written, "4" may yet become "42" or "4.5".
     """
     text = re.sub(r"\s+", " ", text)
+    return any(pattern.search(text) for pattern in patterns(alternatives, at_end))
+
+
+@functools.cache
+def patterns(alternatives: tuple[str, ...], at_end: bool) -> list[re.Pattern]:
+    """One for each alternative: see `stands_in`."""
+    found = []
     for alternative in alternatives:
-        words = re.escape(" ".join(alternative.split()))
-        end = r"(?!\w)" if at_end else r"(?=\W)"
-        if re.search(rf"(?<!\w){words}{end}", text, re.IGNORECASE):
-            return True
-    return False
+        words = " ".join(alternative.split())
+        before, after = r"(?<!\w)", r"(?!\w)"
+        something_follows = r"(?=.)"
+        if words[0].isdigit():
+            before = r"(?<![\w.,/-])"  # not the end of 0.8, 1,008, 3/8 or -8
+        if words[-1].isdigit():
+            after = r"(?!\w|[.,/]\d)"  # not the beginning of 8.5
+            something_follows = r"(?=[^.,/]|[.,/].)"
+        if not at_end:
+            after += something_follows
+        found.append(re.compile(before + re.escape(words) + after, re.IGNORECASE))
+    return found
 
 
 class PartsFound:

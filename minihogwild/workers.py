@@ -10,8 +10,8 @@ A `Run` computes nothing. It says what it wants to be fed, and is told what came
         events = run.learn(token_ids)                # what has happened, for whoever watches
 
 `drive` does that with a model and a cache, `drive_together` for several runs at once, and a test with a script. One
-other order is allowed: the next `next_feed` may come before `learn` (decide, next_feed, learn, decide, ...);
-gpu/pipeline.py uses it, so that a GPU need not wait.
+other order is allowed where `can_run_ahead`, and unless `next_feed_depends_on_tokens`: the next `next_feed` may come
+before `learn` (decide, next_feed, learn, decide, ...). gpu/pipeline.py uses it, so that a GPU need not wait.
 `for event in Run(...)` takes the right driver. Events are dicts:
 
     {"do": "step", "views", "tokens", "sampled"}   a forward pass (None: nothing was sampled from that row)
@@ -36,7 +36,16 @@ from .backend import PyTorchBackend, choose_backend
 from .cache import Cache
 from .errors import require
 from .hub import END_OF_THINK, Model, TextStream, opening_of
-from .layouts import COMMON, LAYOUTS, block_of, last_token_block_of, role_block_of, with_last_tokens, with_role
+from .layouts import (
+    COMMON,
+    LAYOUTS,
+    answer_block_of,
+    block_of,
+    last_token_block_of,
+    role_block_of,
+    with_last_tokens,
+    with_role,
+)
 from .model import step
 from .prompts import BoxedAnswer, Prompts, fill, paragraph_closed, prompts_of, says_done
 from .sampling import Sampling, sample
@@ -131,7 +140,8 @@ class Run:
         seed: int = 0,
         prompts: Prompts | None = None,  # None: the model's own, or the default
         backend: PyTorchBackend | None = None,  # None: the fastest that there is
-        # Numbers of forward steps, increasing, after which a finisher is asked; what follows does not depend on that
+        # Numbers of forward steps, increasing, after which a finisher is asked. What follows does not depend on that,
+        # but for the end of the context, where finishers need room
         budgets: tuple[int, ...] = (),
     ):
         self.words = prompts_of(model.folder) if prompts is None else prompts
@@ -146,6 +156,7 @@ class Run:
         require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
         in_order = list(budgets) == sorted(set(budgets)) and all(1 <= budget <= max_steps for budget in budgets)
         require(in_order, f"budgets are {list(budgets)}: they must increase, from 1 to max_steps, {max_steps}")
+        require(self.words.boxed or not budgets, "budgets ask for a boxed answer, and these words have `boxed` off")
         self.model = model
         self.problem = problem
         self.layout = layout
@@ -167,12 +178,14 @@ class Run:
             for name, role in zip(names, self.words.roles):
                 self.roles[role_block_of(name)] = encode(fill(role, name=name, problem=problem))
         self.workers = [self._make_worker(name, names) for name in names]
-        self.budgets = budgets
-        self.asks_for_answer = budgets != () or (self.words.boxed and "\\boxed" in text)
-        self.finishers = self._make_finishers() if self.asks_for_answer else []
+        self.budgets = tuple(budgets)
+        asks_for_answer = bool(budgets) or (self.words.boxed and "\\boxed" in text)
+        self.finishers = self._make_finishers() if asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
         self.banned = self._banned_tokens() if self.shared else []
         self.banned_first = self._line_breaks() if self.shared and not self.words.may_end else []
+        banned_somewhere = {*self.banned, *self.banned_first}
+        require(len(banned_somewhere) < model.config.vocab_size, "the bans leave no token that could be sampled")
         # Where they are needed at each step
         self._banned_on_device = torch.tensor(self.banned, dtype=torch.int64, device=model.device)
         self._banned_first_on_device = torch.tensor(self.banned_first, dtype=torch.int64, device=model.device)
@@ -215,10 +228,12 @@ class Run:
         if not self.shared:
             seen_by = {f"finisher of {name}": [name] for name in names}
         finishers = []
+        taken = list(names)
         for finisher, seen in seen_by.items():
-            while finisher in names:  # a worker may be called so too, and readers must tell them apart
+            while finisher in taken:  # a worker may be called so too, and readers must tell them apart
                 finisher += "'"
-            view = [COMMON, *(block_of(name) for name in seen), f"answer by {finisher}"]
+            taken.append(finisher)
+            view = [COMMON, *(block_of(name) for name in seen), answer_block_of(finisher)]
             cue = self.model.tokenizer.encode(self.words.cue)
             draws_nothing = torch.Generator()  # finishers are greedy
             finishers.append(Writer(finisher, view, draws_nothing, to_feed=cue))
@@ -236,17 +251,16 @@ class Run:
         tokenizer = self.model.tokenizer
         banned = set()
         if not self.words.may_end:
-            banned.update(self.model.eos, tokenizer.hidden)
+            vocabulary = range(self.model.config.vocab_size)
+            banned.update(self.model.eos)
+            banned.update(token for token in vocabulary if not tokenizer.has_text(token))
             if END_OF_THINK in tokenizer.control:
                 banned.add(tokenizer.control[END_OF_THINK])
         if self.words.banned:
             for token, text in enumerate(tokenizer.texts):
                 if any(part in text for part in self.words.banned):
                     banned.add(token)
-        vocab_size = self.model.config.vocab_size
-        ids = sorted(token for token in banned if token < vocab_size)
-        require(len(ids) < vocab_size, "the bans leave no token that could be sampled")
-        return ids
+        return sorted(banned)
 
     def _line_breaks(self) -> list[int]:
         """Ids of tokens that are white space with a line break: no paragraph is to begin with an empty line."""
@@ -272,7 +286,12 @@ class Run:
     # ---- what it wants
 
     def next_feed(self) -> Feed | None:
-        """What to feed in the next forward pass; None when all is done."""
+        """What to feed in the next forward pass; None when all is done.
+
+        Raises RuntimeError where it depends on tokens that were sampled and not learned.
+        """
+        if self._decision is not None and self.next_feed_depends_on_tokens and not self.asked_to_stop:
+            raise RuntimeError("next_feed depends on tokens that have not been learned")
         if self.asked_to_stop:
             self.stopped_by = "interrupt"
             return None
@@ -532,6 +551,14 @@ class Run:
                 writer.active = False  # alone, it would have stopped here
         return text
 
+    def _answers_by_budget(self) -> dict[int, str | None]:
+        """The answer at each budget. A run that has come to its end has its last answer from then on."""
+        answers = dict(self.answer_at)
+        if self.stopped_by in ("answer", "retired", "steps", "context"):
+            for budget in self.budgets:
+                answers.setdefault(budget, self.answer)
+        return answers
+
     # ---- when to stop
 
     @property
@@ -589,7 +616,13 @@ class Run:
             lengths[block] = len(ids)
         fits = not self._outgrows_context(lengths)
         context = self.model.config.context
-        require(fits, f"the prompt is {len(self.prompt)} tokens long, too long for a context of {context}")
+        others = sum(len(ids) for ids in (self.headers | self.roles).values())
+        parts = f"the prompt is {len(self.prompt)} tokens long"
+        if others > 0:
+            parts += f", headers and roles {others}"
+        if self.finishers:
+            parts += f", a finisher's answer up to {self.words.finisher_tokens}"
+        require(fits, f"{parts}: too long for a context of {context}")
 
     def _outgrows_context(self, lengths: dict[str, int]) -> bool:
         """From blocks this long, would a view outgrow the context in a step, or leave the finisher no room after it?"""
@@ -600,8 +633,10 @@ class Run:
         for worker in self._active_workers():
             with_sampled[worker.block] += 1
         context = self.model.config.context
+        # Where a finisher may follow, what is sampled in that step is fed too, if it is the last one.
+        fed = with_sampled if self.finishers else after_step
         for worker in self._active_workers():
-            if sum(after_step[block] for block in worker.view) > context:
+            if sum(fed[block] for block in worker.view) > context:
                 return True
         for finisher in self.finishers:
             seen = sum(with_sampled[block] for block in finisher.view)
@@ -622,7 +657,7 @@ class Run:
             "finisher_steps": self.finisher_steps,
             "seconds": self.seconds,
             "answer": self.answer,
-            "answers_by_budget": {budget: self.answer_at.get(budget, self.answer) for budget in self.budgets},
+            "answers_by_budget": self._answers_by_budget(),
             "stopped_by": self.stopped_by,
             "layout": self.layout,
             "seed": self.seed,
@@ -664,11 +699,12 @@ def drive(run: Run, cache: Cache) -> Iterator[dict]:
         yield event
 
 
-def drive_together(runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, dict]]:
-    """Several runs of one model, each to its end: a forward pass takes a step of each. Yields (run, event).
+def drive_together(runs: dict[str, Run], cache: Cache) -> Iterator[tuple[str, dict]]:
+    """Several runs of one model, each to its end: a forward pass takes a step of each. Yields (key, event).
 
     All have their blocks in one cache, where a run's key in `runs` stands before the names of its blocks. So no run
-    sees another's; each goes as it would alone, up to the rounding of larger products.
+    sees another's; each goes as it would alone, up to the rounding of larger products. (Attention goes over the whole
+    pool for each row: what it costs grows with the square of the number of runs.)
     """
     going_on = dict(runs)
     while going_on:
@@ -676,7 +712,7 @@ def drive_together(runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, di
         for key, run in list(going_on.items()):
             feed = run.next_feed()
             for event in run.tell_waiting():
-                yield run, event
+                yield key, event
             if feed is None:
                 del going_on[key]
             elif not run.asked_to_stop:  # by whoever has just read these events
@@ -689,8 +725,8 @@ def drive_together(runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, di
             yield from take_step(feeds, runs, cache)
 
 
-def take_step(feeds: dict[str, Feed], runs: dict[str, Run], cache: Cache) -> Iterator[tuple[Run, dict]]:
-    """One step of some of the runs: feed, decide, sample, learn. Yields (run, what happened in it)."""
+def take_step(feeds: dict[str, Feed], runs: dict[str, Run], cache: Cache) -> Iterator[tuple[str, dict]]:
+    """One step of some of the runs: feed, decide, sample, learn. Yields (key, what happened in it)."""
     began = time.perf_counter()
     views, tokens = [], []
     for key, feed in feeds.items():
@@ -714,7 +750,7 @@ def take_step(feeds: dict[str, Feed], runs: dict[str, Run], cache: Cache) -> Ite
         if feed.stage == "work":
             runs[key].seconds += seconds
         for event in with_logits(events[key], logits_of[key]):
-            yield runs[key], event
+            yield key, event
 
 
 def sample_rows(logits: Tensor, decision: Decision) -> Tensor:

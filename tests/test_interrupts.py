@@ -17,8 +17,15 @@ from minihogwild.interrupts import SIGNALS, Interrupts
 COMMAND = [sys.executable, "-m", "minihogwild.generate", "--device", "cpu"]
 
 
+def answer_all_signals() -> None:
+    """In a process that is about to begin: whatever `nohup`, or the tests' own shell, has switched off."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(*options: object) -> subprocess.Popen:
-    """The command as a process that answers Ctrl-C, whatever the tests' own shell has switched off."""
+    """The command as a process that answers each signal."""
     return subprocess.Popen(
         [*COMMAND, *map(str, options)],
         stdin=subprocess.DEVNULL,
@@ -26,7 +33,7 @@ def start(*options: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=answer_all_signals,
     )
 
 
@@ -78,7 +85,8 @@ atexit.register(lambda: os.kill(os.getpid(), {int(number)}))
 sys.argv = ["test"]
 run_command(lambda options: 0, Parser("test"), None)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    python = [sys.executable, "-c", program]
+    done = subprocess.run(python, capture_output=True, text=True, preexec_fn=answer_all_signals)
     assert done.returncode == -number
     assert done.stderr == ""
 

@@ -477,6 +477,8 @@ def test_fill_takes_values_as_they_are(value):
         ("All done", False),
         ("All done. Bob?", False),
         ("", False),
+        ("Overall done.", False),
+        ("(All done.", True),
     ],
 )
 def test_a_worker_says_that_nothing_is_left_at_the_end_of_its_text(text, ended):
@@ -545,6 +547,8 @@ def test_a_file_overrides_what_it_gives_and_nothing_else(prompts_file):
         ({"finisher_tokens": 0}, "finisher_tokens"),
         ({"finisher_tokens": 1.5}, "finisher_tokens"),
         ({"done": ["All done."]}, "done"),
+        ({"done": "All done.\n"}, "done"),
+        ({"done": "."}, "done"),
         ({"header_own": "a\nb", "separator": {"x": "a\nb"}}, "separator"),
         ([], "words.json"),
         ("text", "words.json"),

@@ -438,12 +438,24 @@ def test_a_schedule_holds_what_the_format_has_and_nothing_else(tmp_path):
     (tmp_path / "s.json").write_bytes(data)
     assert replay.read_schedule(tmp_path / "s.json", V) == {"blocks": ["a", "b", "ü"], "events": kept}
     assert json.loads(schedule_json(["a"], [])) == {"version": 1, "blocks": ["a"], "events": []}
-    assert json.loads(schedule_json(["a"], [], [3, 1])) == {
+    assert json.loads(schedule_json(["a"], [], {"banned": [3, 1], "banned_first": []})) == {
         "version": 1,
         "blocks": ["a"],
         "banned": [3, 1],
         "events": [],
     }
+
+
+@pytest.mark.parametrize("name", ["banned", "banned_first"])
+def test_bans_of_a_schedule_are_lists_of_ids(tmp_path, name):
+    path = tmp_path / "s.json"
+    events = [{"do": "step", "views": [["a"]], "tokens": [[1]]}]
+    for wrong in ("x", [1.5], [True], {"1": 2}, None):
+        path.write_text(json.dumps({"blocks": ["a"], "events": events, name: wrong}))
+        with refused("s.json", f"{name} must be a list of int"):
+            replay.read_schedule(path, V)
+    path.write_text(json.dumps({"blocks": ["a"], "events": events, name: [3, 1]}))
+    assert replay.read_schedule(path, V)["events"] == events
 
 
 # ---- what fails on the way

@@ -20,13 +20,13 @@ from scripted import (
     assert_agrees_with_oracle,
     record,
 )
-from tiny import END, ids_of
+from tiny import END, ids_of, load_model
 from util import relative_difference
 
 from minihogwild import Cache, Run, Sampling
 from minihogwild.gpu.pipeline import drive_ahead
 from minihogwild.layouts import block_of
-from minihogwild.replay import digest
+from minihogwild.replay import advance_lengths, digest
 from minihogwild.workers import drive, drive_together
 
 FEW_WORDS = replace(ASKING, finisher_tokens=5)
@@ -176,9 +176,8 @@ def test_runs_in_one_cache_go_as_they_would_alone(model, kinds, seed):
     blocks = [key + block for key, run in runs.items() for block in run.blocks]
     cache = Cache(model.config, blocks, model.dtype)
     together = {key: [] for key in runs}
-    key_of = {id(run): key for key, run in runs.items()}
-    for run, event in drive_together(runs, cache):
-        together[key_of[id(run)]].append(event)
+    for key, event in drive_together(runs, cache):
+        together[key].append(event)
     for key in runs:
         for ours, theirs in zip(together[key], alone[key], strict=True):
             logits, others = ours.pop("logits", torch.zeros(1)), theirs.pop("logits", torch.zeros(1))
@@ -190,7 +189,65 @@ def test_runs_in_one_cache_go_as_they_would_alone(model, kinds, seed):
 def test_a_run_that_is_stopped_ends_alone(model):
     runs = {key: Run(model, PROBLEM, 2, "combined", 6, Sampling(1.0), 0, WORDS) for key in ("a ", "b ")}
     cache = Cache(model.config, [key + block for key, run in runs.items() for block in run.blocks], model.dtype)
-    for run, event in drive_together(runs, cache):
-        if run is runs["a "] and event["do"] == "step" and run.forward_steps == 2:
-            run.stop()
+    for key, event in drive_together(runs, cache):
+        if key == "a " and event["do"] == "step" and runs[key].forward_steps == 2:
+            runs[key].stop()
     assert [(run.stopped_by, run.forward_steps) for run in runs.values()] == [("interrupt", 2), ("steps", 6)]
+
+
+# ---- what may not be, and what is told when it is cut off
+
+
+def test_budgets_ask_for_a_box_so_boxes_must_be_read(model):
+    with refused("boxed"):
+        Run(model, PROBLEM, 2, prompts=replace(WORDS, boxed=False), budgets=(3,))
+    assert Run(model, PROBLEM, 2, prompts=replace(WORDS, boxed=False), budgets=[]).finishers == []
+
+
+def test_budgets_that_were_not_reached_have_no_answer_where_a_run_was_cut_off(model):
+    run = Run(model, ASKED, 2, "combined", 30, Sampling(1.5), 0, FEW_WORDS, budgets=(3, 8, 20))
+    for event in drive(run, run.new_cache()):
+        if event["do"] == "text" and event["worker"] == "finisher" and run.forward_steps == 8:
+            run.stop()
+    assert run.stopped_by == "interrupt"
+    assert list(run.summary()["answers_by_budget"]) == [3]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_driver_that_asks_too_early_is_told_so(model, steps):
+    """At a budget, and at the end: what is fed there depends on tokens that have not been learned."""
+    budgets = (1,) if steps == 4 else ()
+    run = Run(model, PROBLEM, 2, "combined", steps, prompts=WORDS, budgets=budgets)
+    while run.next_feed().stage == "prompt":
+        run.learn([0] * len(run.decide().writers))
+    run.decide()
+    with pytest.raises(RuntimeError, match="not been learned"):
+        run.next_feed()
+
+
+def test_at_the_end_of_the_context_a_budgets_finisher_has_its_room(tmp_path):
+    """Whatever the context: no view ever outgrows it, nor does a finisher's."""
+    for context in range(150, 175):
+        small = load_model(tmp_path / str(context), context=context)
+        run = Run(small, ASKED, 2, "combined", 60, Sampling(1.5), 0, FEW_WORDS, budgets=tuple(range(1, 61)))
+        lengths = dict.fromkeys(run.blocks, 0)
+        for event in drive(run, run.new_cache()):
+            if event["do"] == "step":
+                advance_lengths(lengths, event)
+                assert all(sum(lengths[block] for block in view) <= context for view in event["views"])
+            elif event["do"] in ("move", "drop"):
+                advance_lengths(lengths, event)
+
+
+def test_finishers_names_differ_also_from_each_other(model):
+    words = replace(ASKING, names=("Alice", "Alice'", "finisher of Alice"))
+    run = Run(model, ASKED, 3, "independent", prompts=words)
+    assert len({finisher.name for finisher in run.finishers} | set(words.names)) == 6
+    assert len(set(run.blocks)) == len(run.blocks)
+
+
+def test_what_does_not_fit_is_named(model):
+    with refused("a finisher's answer up to 1000000", "context of 4096"):
+        Run(model, ASKED, 2, prompts=replace(ASKING, finisher_tokens=10**6))
+    with refused("headers and roles 50", "context of 4096"):
+        Run(model, PROBLEM, 2, prompts=replace(WORDS, roles=("x" * 5000,)))

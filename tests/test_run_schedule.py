@@ -121,6 +121,7 @@ def restated(
             choice = None
             so_far = decode(paragraph[name]).rstrip()
             says_done = shared and paragraph[name] and words.done and so_far.endswith(words.done)
+            says_done = says_done and not so_far[: -len(words.done)][-1:].isalnum()
             if queue[name][-1] in model.eos or says_done:
                 del queue[name]
                 if layout == "interleaved":
@@ -166,7 +167,7 @@ some_words = st.builds(
     opening=st.sampled_from(["auto", "", "Well,\n"]),
     roles=st.sampled_from([(), ("You, {name}, agree.\n",), ("", "No!"), ("1", "2", "3", "4")]),
     unaware=st.sampled_from([(), ("Alice",), ("Bob", "Carol")]),
-    done=st.sampled_from(["", ".", "a?", "b \n\n."]),
+    done=st.sampled_from(["", "a.", "a?", "b \n\n."]),
 )
 some_scripts = st.lists(st.lists(st.sampled_from(PIECES), max_size=14), min_size=1, max_size=4)
 

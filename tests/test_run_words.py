@@ -81,6 +81,9 @@ def test_what_ends_a_thought_or_has_no_text_is_banned(model, tmp_path: Path):
     run = Run(replace(model, tokenizer=tokenizer, config=wide), PROBLEM, 2, prompts=NO_END)
     named = {tokenizer.name_of(token) for token in run.banned if token not in model.eos}
     assert named == {*HIDDEN, "</think>"}
+    padded = replace(model.config, vocab_size=tokenizer.size + 3)
+    run = Run(replace(model, tokenizer=tokenizer, config=padded), PROBLEM, 2, prompts=NO_END)
+    assert run.banned[-3:] == [tokenizer.size, tokenizer.size + 1, tokenizer.size + 2]
 
 
 # ---- opening and roles

@@ -129,15 +129,21 @@ def stands_plainly(text: str, alternatives: tuple[str, ...], at_end: bool) -> bo
             end = begin + len(words)
             if text[begin:end] != words or (begin > 0 and is_word(text[begin - 1])):
                 continue
-            if end == len(text):
-                if at_end:
+            before, after = text[:begin], text[end:]
+            if words[0].isdigit() and before and before[-1] in ".,/-":
+                continue  # a part of another number
+            if words[-1].isdigit() and after and after[0] in ".,/":
+                after = after[1:]  # either the end of a sentence, or a number goes on
+                if after and after[0].isdigit():
+                    continue
+                if after or at_end:
                     return True
-            elif not is_word(text[end]):
+            elif (not after and at_end) or (after and not is_word(after[0])):
                 return True
     return False
 
 
-some_text = st.text("aB42 \n\t.-=é_", max_size=25)
+some_text = st.text("aB42 \n\t.,/-=é_", max_size=25)
 some_words = st.text("aB42 \n.-=é_", min_size=1, max_size=4).filter(str.strip)
 some_alternatives = st.lists(some_words, min_size=1, max_size=3).map(tuple)
 
@@ -170,6 +176,13 @@ def test_what_has_been_found_is_never_taken_back(text, more, alternatives):
     ("text", "words", "stands"),
     [
         ("It is 42.", "4", False),
+        ("It is 0.8.", "8", False),
+        ("It is 8.5.", "8", False),
+        ("It is -8.", "8", False),
+        ("It is 3/8.", "8", False),
+        ("It is 1,200.", "200", False),
+        ("It is 8. And 9.", "8", True),
+        ("8, 9, and so on", "8", True),
         ("It is 42.", "2", False),
         ("It is 4.", "4", True),
         ("It is (4)", "4", True),

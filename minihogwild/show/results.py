@@ -32,6 +32,8 @@ def by_setting(entries: list[dict]) -> dict[tuple[int, str], list[dict]]:
 def share(entries: list[dict], budget: int) -> tuple[float, float]:
     """The mean share that is right by then, and half the width of its 95 % interval: a bootstrap over problems.
 
+    The half is 0 for a single problem, and where all are equally right: a bootstrap knows no other.
+
     Problems are drawn, with all of their seeds: how hard a problem is, its seeds have in common.
     """
     by_problem: dict[int, list[float]] = {}
