@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import said
 from mutations import limited, mutate, mutated_bytes, to_json
+from refusals import refused
 from replaying import assert_one_line, model, replayed
 from safetensors import safe_open
 from safetensors.torch import load, load_file
