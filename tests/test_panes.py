@@ -499,7 +499,8 @@ def terminal(
 ) -> Iterator[Terminal]:
     pid, fd = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background may have it ignored
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
+            signal.signal(number, signal.SIG_DFL)  # whoever runs the tests in the background may have it ignored
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.execve(program[0], [*program, *map(str, arguments)], ENVIRONMENT | environment)
     running = Terminal(pid, fd, columns, rows)
