@@ -252,7 +252,7 @@ class Run:
         banned = set()
         if not self.words.may_end:
             vocabulary = range(self.model.config.vocab_size)
-            banned.update(self.model.eos)
+            banned.update(token for token in self.model.eos if token in vocabulary)  # a folder may name any number
             banned.update(token for token in vocabulary if not tokenizer.has_text(token))
             if END_OF_THINK in tokenizer.control:
                 banned.add(tokenizer.control[END_OF_THINK])

@@ -86,6 +86,14 @@ def test_what_ends_a_thought_or_has_no_text_is_banned(model, tmp_path: Path):
     assert run.banned[-3:] == [tokenizer.size, tokenizer.size + 1, tokenizer.size + 2]
 
 
+def test_an_end_of_sequence_that_no_model_could_sample_is_not_banned(model):
+    """A folder may name any number; an index out of range would end a run, and on a GPU the whole process."""
+    odd = replace(model, eos=frozenset({*model.eos, model.config.vocab_size, 10**9}))
+    seen = record(odd, 2, "combined", [[], []], prompts=NO_END, max_steps=3)
+    assert seen.run.banned == sorted(model.eos)
+    assert seen.run.stopped_by == "steps"
+
+
 # ---- opening and roles
 
 
