@@ -32,7 +32,11 @@ def test_they_are_small_and_all_there():
     assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 3e6
 
 
-@pytest.mark.parametrize(("name", "schedule"), CASES)
+# Of positions past 100,000: test_rope.py holds the angles there to exact ones in the fast tests
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) if "long" in case else case for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "schedule"), SLOW)
 def test_oracle_and_engine_agree_with_them(name, schedule):
     exact, single = (load(VECTORS / "models" / name, dtype, "cpu") for dtype in ("float64", "float32"))
     events = read_schedule(VECTORS / "schedules" / f"{schedule}.json", exact.config.vocab_size)
