@@ -19,26 +19,35 @@ import qwen  # noqa: E402
 
 from minihogwild import Model, Run, load  # noqa: E402
 from minihogwild.backend import PyTorchBackend  # noqa: E402
+from minihogwild.prompts import Prompts  # noqa: E402
 from minihogwild.show.trace import Onlooker, Tokens, count_fed, index_of_beginning, replay_watched  # noqa: E402
 
 SHEET = """\
-1. How many cents are in a dollar?
-2. Which day comes right after Friday?
-3. What is the plural of goose?
-4. What is the opposite of dead?
-5. What is the past tense of speak?
-6. What colour is a ripe banana?"""
-STEPS = 40
+1. Which chemical element has the symbol H?
+2. Which language do most people in Iceland speak?
+3. What is the chemical symbol of gold?
+4. What is the comparative of old?
+5. Which language do most people in Hungary speak?
+6. How many legs do three ants have together?"""
+WORDS = Prompts(
+    together="{problem}\n\n{names} answer these questions together, each in one short sentence. Every question is "
+    "answered once.",
+    header_others="\n\n",
+    header_own="\n\n",
+    prefix="{name}:",
+    banned=("Alice", "Bob"),  # nobody speaks in the other's name
+    boxed=False,
+)
+STEPS = 27
 
 
 def main() -> None:
     model = load(qwen.folder(), "float32", "cpu")
-    run = Run(model, SHEET, 2, max_steps=STEPS)
-    for event in run:
-        if event["do"] == "begin":
-            print(f"\n{event['text']}", end="")
-        elif event["do"] == "text":
-            print(f" ({event['worker']}) {event['text']!r}", end="")
+    run = Run(model, SHEET, 2, max_steps=STEPS, prompts=WORDS)
+    for _ in run:
+        pass
+    for worker in run.workers:
+        print(worker.name, worker.paragraphs)
     choosing, writing = [], []
     for is_choice, share in shares_given_to_the_other(run, model):
         (choosing if is_choice else writing).append(share)
@@ -71,7 +80,7 @@ def shares_given_to_the_other(run: Run, model: Model) -> Iterator[tuple[bool, Te
 def tell(choosing: Tensor, writing: Tensor) -> None:
     """The heads that give most to the other at a choice, and what they give while they write."""
     H = choosing.shape[1]
-    print(f"\n\nmean over all heads: {choosing.mean():.3f} when choosing, {writing.mean():.3f} when writing")
+    print(f"mean over all heads: {choosing.mean():.3f} when choosing, {writing.mean():.3f} when writing")
     for index in choosing.flatten().topk(8).indices.tolist():
         layer, head = divmod(index, H)
         print(
