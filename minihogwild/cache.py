@@ -67,6 +67,7 @@ class Cache:
         self.block_number = {block: number for number, block in enumerate(blocks)}
         self.page_owner = np.zeros(0, dtype=np.int64)
         self.page_start = np.zeros(0, dtype=np.int64)
+        self.pool_version = 0  # another one when layers have got new tensors: what points into the old ones is void
         self.broken_by: str | None = None  # what failed half-way: see `_changing`
 
         K, D = config.num_key_value_heads, config.head_dim
@@ -119,8 +120,8 @@ class Cache:
         with self._changing("a move"):
             old_slots = self._slots(source, 0, count)
             try:
-                # New pages first, so that texts keep the places in the pool that they have always had: a recorded run
-                # can then be replayed to the last bit.
+                # New pages first. The order of pages is the order in which the softmax adds up, so it decides the last
+                # bit; and recorded runs (replay.py) have been made in this one.
                 self._make_room_for([target], [count])
                 self._lengthen(target, count)
                 self._empty(source)
@@ -195,6 +196,7 @@ class Cache:
             start = 0
             for block in view:
                 starts[columns[block]] = start
+                # This step's tokens are counted already: each worker sees what the others write in this very step.
                 lengths[columns[block]] = self.lengths[block]
                 start += self.lengths[block]
             own_column = columns[view[-1]]
@@ -297,6 +299,7 @@ class Cache:
         Raises InputError where memory is out. If that is so half-way, the first layers stay larger than the others,
         which is harmless; a second attempt may make them smaller again.
         """
+        self.pool_version += 1  # before anything may fail: the first layers have new tensors even then
         K, D = self.config.num_key_value_heads, self.config.head_dim
         bytes_of_page = 2 * self.page_size * K * D * self.dtype.itemsize  # keys and values
         new_layer = pages * bytes_of_page

@@ -297,3 +297,26 @@ def test_a_move_that_is_cut_off_half_way_leaves_a_cache_that_says_so(monkeypatch
     for attempt in (lambda: cache.extend([["a"]], [1]), lambda: cache.move("b", "a"), lambda: cache.drop("a")):
         with pytest.raises(InputError, match=line):
             attempt()
+
+
+def test_whoever_points_into_the_pool_learns_of_new_tensors_also_where_a_resize_fails_half_way(monkeypatch):
+    """The first layer has new tensors then: a step recorded on a GPU would read memory that has been given back."""
+    cache = Cache(config(layers=2), ["a"], torch.float64)
+    cache.extend([["a"]], [1])
+    version = cache.pool_version
+    cache.extend([["a"]], [PAGE - 1])
+    assert cache.pool_version == version  # nothing was resized
+    first_layers_keys = cache.layers[0].keys
+    zeros, made = torch.Tensor.new_zeros, []
+
+    def no_room_for_a_second_layer(tensor: torch.Tensor, *size: int) -> torch.Tensor:
+        made.append(size)
+        if len(made) % 3 == 0:  # keys and values of a layer, and then no more
+            raise MemoryError
+        return zeros(tensor, *size)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", no_room_for_a_second_layer)
+    with pytest.raises(InputError, match="out of memory"):
+        cache.extend([["a"]], [1])
+    assert cache.layers[0].keys is not first_layers_keys
+    assert cache.pool_version != version

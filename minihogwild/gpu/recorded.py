@@ -33,11 +33,11 @@ class Recording:
 
 
 class RecordedSteps:
-    """All recordings for one cache. They end when its pool grows, since they point into it."""
+    """All recordings for one cache. They end when its pool gets new tensors, since they point into the old ones."""
 
     def __init__(self):
         self.cache: Cache | None = None
-        self.pages = 0
+        self.pool_version = 0
         self.by_rows: dict[int, Recording] = {}
 
     def play(
@@ -45,8 +45,8 @@ class RecordedSteps:
     ) -> Tensor:
         """`forward`, for a plan in which each worker feeds one token."""
         pages = len(cache.page_owner)
-        if cache is not self.cache or pages != self.pages:
-            self.cache, self.pages, self.by_rows = cache, pages, {}
+        if cache is not self.cache or cache.pool_version != self.pool_version:
+            self.cache, self.pool_version, self.by_rows = cache, cache.pool_version, {}
         rows = len(tokens)
         if rows not in self.by_rows:
             padded_plan = plan.padded(blocks=len(cache.lengths), pages=pages)
