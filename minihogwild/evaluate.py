@@ -33,7 +33,7 @@ from .commands import (
     spare_threads,
 )
 from .errors import refusing, require
-from .files import require_writable
+from .files import require_all_writable
 from .hub import Model, fetch, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
@@ -130,8 +130,7 @@ def command(options: argparse.Namespace) -> int:
     batches = plan(options, len(problems))
     with results, Progress(len(batches), results.entries, options.budgets) as progress:
         for batch in batches:
-            missing = [n for n in batch.problems if not results.has(batch, n)]
-            if missing:
+            if not all(results.has(batch, number) for number in batch.problems):
                 for entry in solve(batch, problems, model, words, options):
                     results.add(entry)
                     progress.show(results.entries)
@@ -162,11 +161,7 @@ def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     read = [options.problems, *folder.glob("*")]
     if options.prompts is not None:
         read.append(options.prompts)
-    outputs = {"--out": options.out, "--figure": options.figure}
-    for option, path in outputs.items():
-        if path is not None:
-            others = [other for name, other in outputs.items() if name != option and other is not None]
-            require_writable(path, option, read + others)
+    require_all_writable({"--out": options.out, "--figure": options.figure}, read)
     if options.figure is not None:
         with refusing("--figure"):
             import matplotlib.figure  # noqa: F401  it is an extra
@@ -287,7 +282,6 @@ class Results:
 
     def __init__(self, path: Path, description: dict):
         self.path = path
-        self.entries: list[dict] = []
         with refusing(f"--out {path} cannot be read"):
             written = path.read_bytes() if path.exists() else b""
         self.whole_lines = written[: written.rfind(b"\n") + 1]
@@ -296,7 +290,7 @@ class Results:
             is_ours = written.startswith(BEGINNING) or BEGINNING.startswith(written)
             require(is_ours, f"it does not begin with {BEGINNING.decode()}")
             lines = [json.loads(line) for line in self.whole_lines.split(b"\n")[:-1]]
-            self.entries = lines[1:]
+            self.entries: list[dict] = lines[1:]
             self.known = {self._key(entry) for entry in self.entries}
         self.is_new = lines == []
         self.description = description
@@ -338,10 +332,11 @@ def require_same(theirs: dict, ours: dict, path: Path) -> None:
     """Raise InputError where results have been computed in another way than they would be now."""
     for key, value in ours.items():
         before = theirs.get(key)
-        same = before == value
+        changed = value
         if isinstance(value, dict) and isinstance(before, dict):
-            value = {name: part for name, part in value.items() if before.get(name) != part}
-        require(same, f"--out {path}: its results were computed otherwise; {key} is now {value}: take another file")
+            changed = {name: part for name, part in value.items() if before.get(name) != part}
+        otherwise = f"its results were computed otherwise; {key} is now {changed}: take another file"
+        require(before == value, f"--out {path}: {otherwise}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,14 @@ def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:
     require(target not in others, f"{option} {path}: this command reads or writes that file already")
 
 
+def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) -> None:
+    """`require_writable` for each option that names a file (None: it does not); no two may be the same."""
+    named = {option: path for option, path in outputs.items() if path is not None}
+    for option, path in named.items():
+        others = [other for name, other in named.items() if name != option]
+        require_writable(path, option, [*read, *others])
+
+
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was."""
     target = Path(os.path.realpath(path))

@@ -28,7 +28,7 @@ from .commands import (
     spare_threads,
 )
 from .errors import one_line, require
-from .files import require_writable, write_whole
+from .files import require_all_writable, write_whole
 from .hub import fetch, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
@@ -120,13 +120,10 @@ def outputs_of(options: argparse.Namespace) -> dict[str, Path]:
 
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     """Raise InputError for a file that can't be written, or that is read or written otherwise."""
-    outputs = outputs_of(options)
     read = [*folder.glob("*")]
     if options.prompts is not None:
         read.append(options.prompts)
-    for option, path in outputs.items():
-        others = [other for name, other in outputs.items() if name != option]
-        require_writable(path, option, read + others)
+    require_all_writable(outputs_of(options), read)
 
 
 def read_prompt(given: str | None, default: str) -> str:

@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import re
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,13 +168,19 @@ class PartsFound:
 
     def share(self, budget: int) -> float:
         """The share of parts that were there after so many forward steps."""
-        by_then = [at for at in self.found_at if at is not None and at <= budget]
-        return len(by_then) / len(self.parts)
+        return share_found(self.found_at, budget)
+
+
+def share_found(found_at: list[int | None], passes: int) -> float:
+    """The share of parts that were there after so many forward steps; None: it never came."""
+    by_then = [at for at in found_at if at is not None and at <= passes]
+    return len(by_then) / len(found_at)
 
 
 def repeats(parts: tuple[tuple[str, ...], ...], paragraphs: list[str]) -> int:
     """How many paragraphs give a part that another paragraph gives too: work that was done twice."""
-    times = Counter()
-    for number, alternatives in enumerate(parts):
-        times[number] = sum(stands_in(text, alternatives) for text in paragraphs)
-    return sum(max(0, count - 1) for count in times.values())
+    too_many = 0
+    for alternatives in parts:
+        times = sum(stands_in(text, alternatives) for text in paragraphs)
+        too_many += max(0, times - 1)
+    return too_many

@@ -3,7 +3,6 @@
 import math
 import random
 import statistics
-from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -11,6 +10,8 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from ..scoring import share_found
 
 NOTHING = "–"
 RESAMPLES = 1000  # for the 95 % intervals
@@ -21,36 +22,38 @@ MOST = 5 / 6  # of the parts of a job
 
 
 def by_setting(entries: list[dict]) -> dict[tuple[int, str], list[dict]]:
-    """The results of each (number of workers, layout)."""
-
-    def setting(entry: dict) -> tuple[int, str]:
-        return entry["workers"], entry["layout"]
-
-    return {key: list(group) for key, group in groupby(sorted(entries, key=setting), setting)}
+    """The results of each (number of workers, layout), in this order."""
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for entry in entries:
+        groups.setdefault((entry["workers"], entry["layout"]), []).append(entry)
+    return dict(sorted(groups.items()))
 
 
 def share(entries: list[dict], budget: int) -> tuple[float, float]:
     """The mean share that is right by then, and half the width of its 95 % interval: a bootstrap over problems.
 
-    The half is 0 for a single problem, and where all are equally right: a bootstrap knows no other.
-
-    Problems are drawn, with all of their seeds: how hard a problem is, its seeds have in common.
+    Problems are drawn, with all of their seeds: how hard a problem is, its seeds have in common. The half is 0 for a
+    single problem, and where all are equally right: a bootstrap knows no other.
     """
     by_problem: dict[int, list[float]] = {}
     for entry in entries:
         by_problem.setdefault(entry["problem"], []).append(right_by(entry, budget))
     means = [statistics.fmean(values) for values in by_problem.values()]
-    draws = random.Random(0)
-    resampled = sorted(statistics.fmean(draws.choices(means, k=len(means))) for _ in range(RESAMPLES))
-    low, high = resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+    random_numbers = random.Random(0)
+    resampled = []
+    for _ in range(RESAMPLES):
+        drawn = random_numbers.choices(means, k=len(means))
+        resampled.append(statistics.fmean(drawn))
+    resampled.sort()
+    low = resampled[round(0.025 * RESAMPLES)]
+    high = resampled[round(0.975 * RESAMPLES) - 1]
     return statistics.fmean(means), (high - low) / 2
 
 
 def right_by(entry: dict, passes: int) -> float:
     """The share that was right after so many forward passes: of parts at any number, of a boxed answer at a budget."""
     if "found_at" in entry:
-        found = [at for at in entry["found_at"] if at is not None and at <= passes]
-        return len(found) / len(entry["found_at"])
+        return share_found(entry["found_at"], passes)
     return entry["right"][str(passes)]
 
 
@@ -77,17 +80,23 @@ def table(entries: list[dict], budgets: list[int]) -> str:
     header += ["passes until right", "tokens", "done twice"]
     rows = [header, ["---"] * len(header)]
     for (workers, layout), group in by_setting(entries).items():
-        row = [str(workers), layout, str(len(group))]
-        for budget in budgets:
-            mean, half_width = share(group, budget)
-            row.append(f"{100 * mean:.1f} ± {100 * half_width:.1f} %")
-        until = statistics.median(passes_until_right(entry) for entry in group)
-        row.append(NOTHING if until == math.inf else f"{until:g}")
-        row.append(f"{statistics.fmean(entry['tokens'] for entry in group):.0f}")
-        twice = [entry["repeats"] for entry in group if "repeats" in entry]
-        row.append(f"{statistics.fmean(twice):.2f}" if twice else NOTHING)
-        rows.append(row)
+        rows.append([str(workers), layout, *figures_of(group, budgets)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def figures_of(entries: list[dict], budgets: list[int]) -> list[str]:
+    """The cells of one row."""
+    cells = [str(len(entries))]
+    for budget in budgets:
+        mean, half_width = share(entries, budget)
+        cells.append(f"{100 * mean:.1f} ± {100 * half_width:.1f} %")
+    until = statistics.median(passes_until_right(entry) for entry in entries)
+    cells.append(NOTHING if until == math.inf else f"{until:g}")
+    tokens = statistics.fmean(entry["tokens"] for entry in entries)
+    cells.append(f"{tokens:.0f}")
+    done_twice = [entry["repeats"] for entry in entries if "repeats" in entry]
+    cells.append(f"{statistics.fmean(done_twice):.2f}" if done_twice else NOTHING)
+    return cells
 
 
 # ---- progress
