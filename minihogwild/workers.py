@@ -172,25 +172,19 @@ class Run:
         require(problem.strip() and self.prompt, "the prompt is empty")
         if self.shared:
             self.prompt = self.prompt + self._opening()
-        self.headers = {block: encode(self.words.headers[block]) for block in self.rules.headers}
-        self.roles = {}  # token ids, by block
+        # Headers and roles: token ids, by block
+        self.fixed_texts = {block: encode(self.words.headers[block]) for block in self.rules.headers}
         if self.shared:
             for name, role in zip(names, self.words.roles):
-                self.roles[role_block_of(name)] = encode(fill(role, name=name, problem=problem))
+                self.fixed_texts[role_block_of(name)] = encode(fill(role, name=name, problem=problem))
         self.workers = [self._make_worker(name, names) for name in names]
         self.budgets = tuple(budgets)
         asks_for_answer = bool(budgets) or (self.words.boxed and "\\boxed" in text)
         self.finishers = self._make_finishers() if asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote
-        self.banned = self._banned_tokens() if self.shared else []
-        self.banned_first = self._line_breaks() if self.shared and not self.words.may_end else []
-        banned_somewhere = {*self.banned, *self.banned_first}
-        require(len(banned_somewhere) < model.config.vocab_size, "the bans leave no token that could be sampled")
-        # Where they are needed at each step
-        self._banned_on_device = torch.tensor(self.banned, dtype=torch.int64, device=model.device)
-        self._banned_first_on_device = torch.tensor(self.banned_first, dtype=torch.int64, device=model.device)
+        self._set_bans()
         writers = self.workers + self.finishers
-        self.blocks = [COMMON, *self.headers, *self.roles, *(writer.block for writer in writers)]
+        self.blocks = [COMMON, *self.fixed_texts, *(writer.block for writer in writers)]
         if budgets:
             self.blocks += [last_token_block_of(name) for name in names]
 
@@ -215,7 +209,7 @@ class Run:
     def _make_worker(self, name: str, names: list[str]) -> Writer:
         others = [block_of(other) for other in names if other != name and name not in self.words.unaware]
         view = self.rules.view(block_of(name), others)
-        if role_block_of(name) in self.roles:
+        if role_block_of(name) in self.fixed_texts:
             view = with_role(view, role_block_of(name))
         # No two seeds share a worker's stream
         random = torch.Generator().manual_seed(self.seed * MOST_WORKERS + names.index(name))
@@ -246,6 +240,20 @@ class Run:
             text = opening_of(self.model.tokenizer, self.prompt)
         return self.model.tokenizer.encode_control(text)
 
+    def _set_bans(self) -> None:
+        """What workers who share may not sample; and what not where a paragraph begins: no empty line."""
+        self.banned = self._banned_tokens() if self.shared else []
+        self.banned_first = []
+        if self.shared and not self.words.may_end:
+            self.banned_first = self.model.tokenizer.line_breaks
+        banned_somewhere = {*self.banned, *self.banned_first}
+        is_some_left = len(banned_somewhere) < self.model.config.vocab_size
+        require(is_some_left, "the bans leave no token that could be sampled")
+        # Where they are needed at each step
+        device = self.model.device
+        self._banned_on_device = torch.tensor(self.banned, dtype=torch.int64, device=device)
+        self._banned_first_on_device = torch.tensor(self.banned_first, dtype=torch.int64, device=device)
+
     def _banned_tokens(self) -> list[int]:
         """Ids that no worker may sample: what ends a text or has none, and what the words forbid besides."""
         tokenizer = self.model.tokenizer
@@ -253,7 +261,8 @@ class Run:
         if not self.words.may_end:
             vocabulary = range(self.model.config.vocab_size)
             banned.update(token for token in self.model.eos if token in vocabulary)  # a folder may name any number
-            banned.update(token for token in vocabulary if not tokenizer.has_text(token))
+            banned.update(tokenizer.without_text)
+            banned.update(vocabulary[tokenizer.size :])  # many a vocabulary is padded
             if END_OF_THINK in tokenizer.control:
                 banned.add(tokenizer.control[END_OF_THINK])
         if self.words.banned:
@@ -261,11 +270,6 @@ class Run:
                 if any(part in text for part in self.words.banned):
                     banned.add(token)
         return sorted(banned)
-
-    def _line_breaks(self) -> list[int]:
-        """Ids of tokens that are white space with a line break: no paragraph is to begin with an empty line."""
-        texts = self.model.tokenizer.texts
-        return [token for token, text in enumerate(texts) if "\n" in text and not text.strip()]
 
     def __iter__(self) -> Iterator[dict]:
         """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
@@ -339,7 +343,7 @@ class Run:
         chunk = self.backend.prefill_chunk(len(self.prompt), self.model.config)
         for start in range(0, len(prompt), chunk):
             yield Feed([[COMMON]], [prompt[start : start + chunk]], "prompt", [None])
-        fixed_texts = {block: ids for block, ids in (self.headers | self.roles).items() if ids}
+        fixed_texts = {block: ids for block, ids in self.fixed_texts.items() if ids}
         if fixed_texts:
             views = [[COMMON, block] for block in fixed_texts]
             yield Feed(views, list(fixed_texts.values()), "prompt", [None] * len(fixed_texts))
@@ -612,11 +616,11 @@ class Run:
     def _require_prompt_fits(self) -> None:
         lengths = dict.fromkeys(self.blocks, 0)
         lengths[COMMON] = len(self.prompt)
-        for block, ids in (self.headers | self.roles).items():
+        for block, ids in self.fixed_texts.items():
             lengths[block] = len(ids)
         fits = not self._outgrows_context(lengths)
         context = self.model.config.context
-        others = sum(len(ids) for ids in (self.headers | self.roles).values())
+        others = sum(len(ids) for ids in self.fixed_texts.values())
         parts = f"the prompt is {len(self.prompt)} tokens long"
         if others > 0:
             parts += f", headers and roles {others}"

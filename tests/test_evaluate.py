@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +22,9 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 from hypothesis_profile import examples
 from in_process import Said, said
+from processes import start
 from refusals import assert_one_line
 from sheets import make_sheet
-from test_interrupts import answer_all_signals
 from tiny import END, ids_of, save_model
 
 from minihogwild import Run, Sampling, evaluate, load
@@ -554,19 +553,6 @@ def test_where_a_file_may_not_grow_on_it_ends_in_the_midst_of_a_line(command, pr
     assert go_on() == whole
 
 
-def start(*options: object) -> subprocess.Popen:
-    """The command as a process that answers Ctrl-C, whatever the tests' own shell has switched off."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "minihogwild.evaluate", *map(str, options)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        preexec_fn=answer_all_signals,
-    )
-
-
 @pytest.mark.parametrize(
     "number",
     [
@@ -579,7 +565,7 @@ def start(*options: object) -> subprocess.Popen:
 def test_a_signal_ends_the_process_and_what_it_wrote_is_gone_on_with(command, folder, tmp_path, number):
     problems = write(tmp_path / "problems", *PROBLEMS * 10)
     options = [*FEW, "--seeds", 2, "--model", folder]
-    with start(problems, "--out", tmp_path / "out", "--device", "cpu", *options) as running:
+    with start("minihogwild.evaluate", problems, "--out", tmp_path / "out", "--device", "cpu", *options) as running:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out").exists() or (tmp_path / "out").read_bytes().count(b"\n") < 4:
             assert running.poll() is None
@@ -601,7 +587,7 @@ def test_a_signal_ends_the_process_and_what_it_wrote_is_gone_on_with(command, fo
 
 def test_in_the_first_moments_there_is_no_traceback(problems, out):
     """PyTorch is being imported."""
-    with start(problems, "--out", out) as running:
+    with start("minihogwild.evaluate", problems, "--out", out) as running:
         time.sleep(0.8)
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,30 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import answer_all_signals, start
 
 from minihogwild.interrupts import SIGNALS, Interrupts
 
-COMMAND = [sys.executable, "-m", "minihogwild.generate", "--device", "cpu"]
-
-
-def answer_all_signals() -> None:
-    """In a process that is about to begin: whatever `nohup`, or the tests' own shell, has switched off."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def start(*options: object) -> subprocess.Popen:
-    """The command as a process that answers each signal."""
-    return subprocess.Popen(
-        [*COMMAND, *map(str, options)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        preexec_fn=answer_all_signals,
-    )
+GENERATE = ("minihogwild.generate", "--device", "cpu")
 
 
 def sampled_in(record: Path) -> int:
@@ -45,7 +25,7 @@ def sampled_in(record: Path) -> int:
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_and_result_and_record_tell_of_the_same_tokens(tmp_path, number):
     files = tmp_path / "result.json", tmp_path / "record.json"
-    with start("--pace", 30, "--json", files[0], "--record", files[1]) as running:
+    with start(*GENERATE, "--pace", 30, "--json", files[0], "--record", files[1]) as running:
         assert running.stdout.readline()  # the problem: the run is about to begin
         while "Alice:" not in running.stdout.readline():
             pass
@@ -62,7 +42,7 @@ def test_a_signal_ends_the_run_and_result_and_record_tell_of_the_same_tokens(tmp
 
 def test_a_second_signal_loses_nothing_either(tmp_path):
     files = tmp_path / "result.json", tmp_path / "record.json"
-    with start("--pace", 30, "--json", files[0], "--record", files[1]) as running:
+    with start(*GENERATE, "--pace", 30, "--json", files[0], "--record", files[1]) as running:
         while "Alice:" not in running.stdout.readline():
             pass
         for _ in range(3):
@@ -94,7 +74,7 @@ run_command(lambda options: 0, Parser("test"), None)
 @pytest.mark.parametrize("seconds", [0.3, 0.8])
 def test_in_the_first_moments_there_is_no_traceback(seconds):
     """PyTorch is being imported."""
-    with start("--max-steps", 1000) as running:
+    with start(*GENERATE, "--max-steps", 1000) as running:
         time.sleep(seconds)
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)

@@ -124,6 +124,16 @@ class Tokenizer:
         """What each token reads as by itself, by its id."""
         return [self.decode([token]) for token in range(self.size)]
 
+    @cached_property
+    def without_text(self) -> list[int]:
+        """Its ids that `has_text` denies."""
+        return [token for token in range(self.size) if not self.has_text(token)]
+
+    @cached_property
+    def line_breaks(self) -> list[int]:
+        """Ids of tokens that are white space with a line break."""
+        return [token for token, text in enumerate(self.texts) if "\n" in text and not text.strip()]
+
     def has_text(self, token: int) -> bool:
         """Special tokens have none, nor have ids that the tokenizer lacks: many a vocabulary is padded."""
         return token not in self.hidden and self.name_of(token) is not None
