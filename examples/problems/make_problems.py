@@ -9,14 +9,14 @@ answer it) or among another part's answers (one worker's work would count as two
 """
 
 import argparse
-import functools
 import json
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from bank import DEFINITIONS, FAMILIES, FORMS, FUNCTIONS, SUBJECTS, TRANSLATIONS, with_spellings
+
+from minihogwild.scoring import stands_in
 
 PARTS = 6
 
@@ -46,15 +46,9 @@ class Sheet:
 # ---- who is right
 
 
-@functools.cache
-def whole_words(answer: str) -> re.Pattern:
-    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
-
-
 def answered(answers: list[str], text: str) -> bool:
-    """Does one of a part's accepted answers stand in the text, as whole words? Case and white space do not matter."""
-    text = " ".join(text.split())
-    return any(whole_words(" ".join(answer.split())).search(text) for answer in answers)
+    """Does one of a part's accepted answers stand in the text? The rule is that of `minihogwild.evaluate`."""
+    return stands_in(text, tuple(answers))
 
 
 def is_fair(sheet: Sheet) -> bool:
