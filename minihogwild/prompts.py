@@ -48,6 +48,9 @@ The problem:
     roles: tuple[str, ...] = ()
     # Names of workers that do not see what the others are writing (but in combined and interleaved what has moved)
     unaware: tuple[str, ...] = ()
+    # Each worker begins so many forward passes after the one before it, and so sees what that one has taken up. Workers
+    # that begin at once choose alike, and, of one length, their paragraphs end at once: then they choose alike again
+    head_start: int = 0
     # What the reply begins with, before any worker writes; auto: "<think>\n" for a model that thinks before it answers,
     # if its chat template does not begin with that itself
     opening: str = "auto"
@@ -85,6 +88,7 @@ The problem:
         require(names_differ, f"names must be lines of text that differ, not {list(self.names)}")
         require(self.prefix.strip() and self.cue.strip(), "prefix and cue must not be empty")
         require(0 <= self.pace <= 1000, f"pace must be from 0 to 1000 steps a second, not {self.pace}")
+        require(0 <= self.head_start <= 1000, f"head_start must be from 0 to 1000 steps, not {self.head_start}")
         require(self.finisher_tokens >= 1, f"finisher_tokens must be at least 1, not {self.finisher_tokens}")
         require(all(self.banned), "banned must not have an empty text: every token contains that")
         is_said_whole = self.done == self.done.strip() and (not self.done or any(map(str.isalpha, self.done)))

@@ -330,10 +330,20 @@ class Run:
             if self.steps_begun in self.budgets:
                 yield from self._ask_at_budget()
             self.steps_begun += 1
-            yield feed_of(self._active_workers(), "work")
+            yield feed_of(self._writing_workers(), "work")
         self.stopped_by = self.reason_to_stop()
         if not self.asked_to_stop:  # a signal may have come just now
             yield from self._feed_finishers(self.finishers, {})
+
+    def _writing_workers(self) -> list[Writer]:
+        """The active workers, without those whose turn to begin has not come: see `head_start` in prompts.py."""
+        head_start = self.words.head_start if self.shared else 0
+        active = self._active_workers()
+        begun = [
+            worker for number, worker in enumerate(self.workers)
+            if worker.active and number * head_start < self.steps_begun
+        ]  # fmt: skip
+        return begun or active[:1]  # where all before it have retired, the next one need not wait
 
     def _feed_prompt(self) -> Iterator[Feed]:
         """The prompt in chunks, then all headers and roles in one step. None of it is ever computed again."""

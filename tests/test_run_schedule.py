@@ -112,6 +112,9 @@ def restated(
             return schedule, "steps", forward_steps
 
         active = [name for name in names if name in queue]
+        if shared:
+            begun = [name for name in active if forward_steps >= names.index(name) * words.head_start]
+            active = begun or active[:1]
         views = [view_of(layout, name, names, words) for name in active]
         tokens = [queue[name] for name in active]
         forward_steps += 1
@@ -168,6 +171,7 @@ some_words = st.builds(
     roles=st.sampled_from([(), ("You, {name}, agree.\n",), ("", "No!"), ("1", "2", "3", "4")]),
     unaware=st.sampled_from([(), ("Alice",), ("Bob", "Carol")]),
     done=st.sampled_from(["", "a.", "a?", "b \n\n."]),
+    head_start=st.sampled_from([0, 0, 1, 3]),
 )
 some_scripts = st.lists(st.lists(st.sampled_from(PIECES), max_size=14), min_size=1, max_size=4)
 

@@ -177,3 +177,30 @@ def test_a_recorded_run_says_what_was_banned_and_replays_bit_for_bit(tmp_path, m
     assert {"role of Alice", "role of Bob"} < set(schedule["blocks"])
     assert replay([files[0], "--model", folder, "--out", files[1]]) == 0
     assert "all as recorded, bit for bit" in capsys.readouterr().err
+
+
+# ---- head start
+
+
+@DRIVERS
+@pytest.mark.parametrize("layout", LAYOUTS_THAT_SHARE)
+def test_each_worker_begins_after_the_one_before_it(model, layout, driver):
+    words = replace(WORDS, head_start=3)
+    scripts = [ids_of(model, "a" * 20), ids_of(model, "b" * 20), ids_of(model, "c" * 20)]
+    seen = record(model, 3, layout, scripts, prompts=words, max_steps=9, driver=driver)
+    writing = [set(step) for step in seen.fed()]
+    assert writing == [{"Alice"}] * 3 + [{"Alice", "Bob"}] * 3 + [{"Alice", "Bob", "Carol"}] * 3
+
+
+@DRIVERS
+def test_nobody_waits_for_workers_who_have_retired(model, driver):
+    words = replace(WORDS, head_start=5)
+    scripts = [ids_of(model, "a", END), ids_of(model, "b", END), ids_of(model, "c", END)]
+    seen = record(model, 3, "combined", scripts, prompts=words, max_steps=30, driver=driver)
+    assert [set(step) for step in seen.fed()] == [{"Alice"}] * 3 + [{"Bob"}] * 3 + [{"Carol"}] * 3
+    assert seen.run.stopped_by == "retired"
+
+
+def test_plain_chat_has_no_head_start(model):
+    seen = record(model, 2, "independent", [[], []], prompts=replace(WORDS, head_start=3), max_steps=2)
+    assert [set(step) for step in seen.fed()] == [{"Alice", "Bob"}] * 2
