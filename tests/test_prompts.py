@@ -5,6 +5,7 @@ import string
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -568,3 +569,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with refused(path.name):
             load_prompts(path)
+
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples/words").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_the_words_of_the_examples_can_be_read(file):
+    words = load_prompts(file)
+    assert "{problem}" in words.together
+    assert words != Prompts()
