@@ -339,10 +339,11 @@ class Run:
         """The active workers, without those whose turn to begin has not come: see `head_start` in prompts.py."""
         head_start = self.words.head_start if self.shared else 0
         active = self._active_workers()
-        begun = [
-            worker for number, worker in enumerate(self.workers)
-            if worker.active and number * head_start < self.steps_begun
-        ]  # fmt: skip
+        begun = []
+        for number, worker in enumerate(self.workers):
+            begins_after = number * head_start
+            if worker.active and self.steps_begun > begins_after:
+                begun.append(worker)
         return begun or active[:1]  # where all before it have retired, the next one need not wait
 
     def _feed_prompt(self) -> Iterator[Feed]:
