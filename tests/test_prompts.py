@@ -540,6 +540,8 @@ def test_a_file_overrides_what_it_gives_and_nothing_else(prompts_file):
         ({"roles": ["You argue.", 5]}, "roles must be texts"),
         ({"names": ["Ann"], "roles": ["a", "b"]}, "2 roles, but only 1 names"),
         ({"unaware": ["Ann"]}, "Ann"),
+        ({"head_start": -1}, "head_start"),
+        ({"head_start": 1001}, "head_start"),
         ({"banned": ["#", ""]}, "banned"),
         ({"banned": "#"}, "banned"),
         ({"banned": ["\ud800"]}, "banned"),
