@@ -213,12 +213,12 @@ def share_that_is_slowed(pair: int, trained_frequency: float, config: Config) ->
     last = min(last, config.head_dim - 1)  # as transformers has it, though there are only D / 2 pairs
     width = last - first
     if width == 0:
-        width = 0.001  # no division by 0, but a jump from one pair to the next; transformers has the same layer_index
+        width = 0.001  # no division by 0, but a jump from one pair to the next; transformers has the same number
     return (pair - first) / width
 
 
 def pair_that_makes(turns: float, config: Config) -> float:
-    """The pair, as a real layer_index, that makes `turns` turns in the trained context."""
+    """The pair, as a real number, that makes `turns` turns in the trained context."""
     rope = config.rope
     wavelength = rope.original_max_position_embeddings / turns
     # A pair's wavelength is 2 pi theta ** (2 pair / D): solved for the pair
