@@ -22,11 +22,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from minihogwild import Cache, Config, LayerKind, Model, Rope, Run, Sampling, Weights, load
 from minihogwild.hub import DTYPES, Tokenizer
 from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.quantized import Awq, Packed, Plain, Rounded
 from minihogwild.model import step_on_device
+from minihogwild.packed import EightBit, FourBit
+from minihogwild.weights import Dense, Matrix
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -59,6 +63,13 @@ SHAPES = {
     "smollm2-135m": Shape(49152, 576, 1536, 30, 9, 3, 64, Rope(rope_theta=1e5), tied=True),
 }
 
+STORAGES = {
+    "plain": Plain(),
+    "8": Rounded(8),
+    "4": Rounded(4),
+    "awq": Packed(Awq(group=128), stored=["lm_head.weight"], dtype_of_scale=torch.float16),  # the head is plain
+}
+
 
 def main() -> None:
     options = arguments().parse_args()
@@ -72,7 +83,7 @@ def main() -> None:
     speed = copy_speed(device)
     weight_bytes = bytes_read_of(weights)
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}")
+    print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}, {options.weights}")
     print(f"copy speed {speed / 1e9:.0f} GB/s; a step reads {weight_bytes / 1e9:.3f} GB of weights, ", end="")
     print(f"{token_bytes} bytes a token\n")
     print("workers  context   reference        step   ratio   first 50   host of those   tokens/s   step(W)/step(1)")
@@ -110,6 +121,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
     add("--layers", type=int, metavar="N", help="of the shape: only so many")
     add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--weights", choices=STORAGES, default="plain", help="of the shape: how they are stored (default: plain)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=numbers, default=[1, 4, 8], metavar="N,N", help="default: 1,4,8")
     add("--contexts", type=numbers, default=[1024, 16384], metavar="N,N", help="default: 1024,16384")
@@ -141,21 +153,38 @@ def load_or_invent(options: argparse.Namespace) -> tuple[Config, Weights]:
         rope=shape.rope,
         layer_kinds=(LayerKind(),) * layers,
     )
-    weights, tensors = empty_weights(config, DTYPES[options.dtype], options.device, shape.biases, shape.qk_norms)
-    for tensor in tensors.values():
-        if tensor.dim() == 1:
-            tensor.normal_(1, 0.1)
-        else:
-            tensor.normal_(0, tensor.shape[1] ** -0.5)
+    storage = STORAGES[options.weights]
+    dtype = DTYPES[options.dtype]
+    weights, _ = empty_weights(config, dtype, options.device, shape.biases, shape.qk_norms, storage)
+    parts = [weights.embed, weights.norm, weights.head]
+    for layer in weights.layers:
+        parts += vars(layer).values()
+    for part in parts:
+        fill_at_random(part)
     return config, weights
+
+
+def fill_at_random(part: Tensor | Matrix | None) -> None:
+    """Numbers of the size that a model's have."""
+    if isinstance(part, Tensor) and part.dim() == 1:
+        part.normal_(1, 0.1)
+    elif isinstance(part, Tensor):
+        part.normal_(0, part.shape[1] ** -0.5)
+    elif isinstance(part, Dense):
+        fill_at_random(part.tensor)
+    elif isinstance(part, EightBit):
+        part.codes.random_(-127, 128)
+        part.scale.fill_(part.codes.shape[1] ** -0.5 / 64)
+    elif isinstance(part, FourBit):
+        limits = torch.iinfo(part.codes.dtype)
+        part.codes.random_(limits.min, limits.max)
+        part.scale.fill_(part.shape[1] ** -0.5 / 4)
+        part.zero.random_(7, 10)
 
 
 def bytes_read_of(weights: Weights) -> int:
     """All that a step reads; of the embedding, that is a few rows."""
-    total = weights.norm.nbytes + weights.head.nbytes
-    for layer in weights.layers:
-        total += sum(part.nbytes for part in vars(layer).values() if part is not None)
-    return total
+    return weights.norm.nbytes + weights.head.nbytes + sum(layer.nbytes for layer in weights.layers)
 
 
 @dataclass
@@ -247,7 +276,11 @@ def copy_speed(device: torch.device) -> float:
         ended = mark(device)
         [seconds] = seconds_between([began, ended], device)
         best = min(best, seconds)
-    return 2 * source.nbytes / best
+    nbytes = 2 * source.nbytes
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # so that nvidia-smi shows what the model takes
+    return nbytes / best
 
 
 def name_of(device: torch.device) -> str:

@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
+    add("--quantize", type=int, choices=[8, 4], help="round the weights of a plain checkpoint to so many bits")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--kernels", choices=["auto", "off"], default="auto", help="off: plain PyTorch on a GPU too")
 

@@ -69,7 +69,7 @@ def command(options: argparse.Namespace) -> int:
     prompts = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
     prompt = read_prompt(options.prompt, prompts.problem)
 
-    model = load(options.model, options.dtype, options.device, folder=folder)
+    model = load(options.model, options.dtype, options.device, folder=folder, quantize=options.quantize)
     spare_threads(model.config)
     run = Run(
         model,

@@ -273,7 +273,7 @@ def command(options: argparse.Namespace) -> int:
     require_writable(options.out, "--out", files_read)
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     device = "cpu" if options.oracle else options.device
-    model = load(options.model, options.dtype, device, with_tokenizer=False)
+    model = load(options.model, options.dtype, device, with_tokenizer=False, quantize=options.quantize)
     spare_threads(model.config)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
 

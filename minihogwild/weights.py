@@ -72,6 +72,10 @@ class Layer:
     k_norm: Tensor | None = None  # [D]  (Qwen3)
     router: Tensor | None = None  # [X, E]  (Qwen3-MoE)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values() if tensor is not None)
+
 
 @dataclass
 class Weights:
@@ -80,4 +84,10 @@ class Weights:
     embed: Tensor  # [V, E]
     layers: list[Layer]
     norm: Tensor  # [E]
-    head: Matrix  # [V, E]; the embedding's tensor once more where config.tie_word_embeddings
+    head: Matrix  # [V, E]; the embedding's tensor once more where config.tie_word_embeddings, and nothing is rounded
+
+    @property
+    def nbytes(self) -> int:
+        shares_embed = isinstance(self.head, Dense) and self.head.tensor is self.embed
+        head = 0 if shares_embed else self.head.nbytes
+        return self.embed.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head

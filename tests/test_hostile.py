@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import packed_files
 import pytest
 import torch
 from hub_files import MOE, TINY, make_folder, make_tensors, without, write_json
@@ -147,6 +148,47 @@ def test_any_mutation_of_a_json_file(folders, count):
     outcomes = outcomes_of(change_json, folders, count)
     assert outcomes["ran"] > count / 20  # else nothing was tried,
     assert outcomes["refused"] > count / 4  # or nothing was changed
+
+
+@pytest.fixture(scope="module")
+def packed_folders(tmp_path_factory) -> list[Path]:
+    """One in each format of 4 bits, dense or with experts."""
+    made = []
+    for number, kind in enumerate(packed_files.FORMATS):
+        shape = (MOE if number % 2 else TINY) | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+        checkpoint = packed_files.pack(shape | {"moe_intermediate_size": 32}, kind, 32)
+        folder = make_folder(tmp_path_factory.mktemp(kind), checkpoint.config, checkpoint.tensors)
+        write_json(folder / "prompts.json", {"names": ["A", "B"], "together": "{problem}", "boxed": False})
+        made.append(folder)
+    return made
+
+
+def test_sound_packed_folders_run(packed_folders):
+    for folder in packed_folders:
+        assert run(folder)[0] == 0
+
+
+def change_quantization(draw: Callable, folder: Path) -> None:
+    """Of config.json, what it says of the format: one to three changes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for _ in range(draw(st.integers(1, 3))):
+        mutate(draw, config["quantization_config"] or {"x": 0}, [*NAMES, "bits", "group_size", "weights", "version"])
+    path.write_bytes(to_json(draw, config))
+
+
+@few_or_many(40, 200)
+def test_any_mutation_of_what_is_said_of_a_format(packed_folders, count):
+    outcomes = outcomes_of(change_quantization, packed_folders, count)
+    assert outcomes["ran"] > 0  # most of what can be said there is not supported
+    assert outcomes["refused"] > count / 4
+
+
+@few_or_many(40, 200)
+def test_any_mutation_of_packed_bytes(packed_folders, count):
+    outcomes = outcomes_of(change_tensors, packed_folders, count)
+    assert outcomes["ran"] > count / 20
+    assert outcomes["refused"] > count / 4
 
 
 @few_or_many(40, 800)

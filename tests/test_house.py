@@ -16,6 +16,7 @@ ORDER = [
     "interrupts",
     "config",
     "weights",
+    "packed",
     "rope",
     "attention",
     "backend",

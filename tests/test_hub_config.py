@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hub_files import MOE, TINY, make_folder, make_tensors, refusal, without, write_json
+from hub_files import MOE, TINY, make_folder, make_tensors, refusal, without
 
 from minihogwild import Config, Rope, Sampling, load
 from minihogwild.hub.config_json import parse_config
@@ -194,10 +194,6 @@ REFUSED = {
     "activation, close": ({"hidden_act": "gelu_pytorch_tanh"}, ["hidden_act", "'gelu_pytorch_tanh'"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias"]),
     "rope interleaved": ({"rope_interleaved": True}, ["rope_interleaved"]),
-    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["AWQ", "quantised"]),
-    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["GPTQ", "quantised"]),
-    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, ["FP8", "quantised"]),
-    "some quantisation": ({"quantization_config": {"bits": 4}}, ["quantised"]),
     "sliding window": (
         {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
         ["sliding-window"],
@@ -297,11 +293,6 @@ def test_experts():
 
 def test_a_silent_activation_is_silu():
     assert parse_config(without(TINY, "hidden_act")) == parse_config(TINY)
-
-
-def test_load_refuses_by_config_before_it_reads_anything_else(tmp_path: Path):
-    write_json(tmp_path / "config.json", TINY | {"quantization_config": {"quant_method": "awq"}})
-    assert "AWQ" in refusal(load, tmp_path, device="cpu")
 
 
 # ---- generation_config.json

@@ -7,12 +7,14 @@ import torch
 import util
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_packed import random_four_bit
 from util import WatchedOracle, config, configs, random_weights, relative_difference, run, schedules, step
 
 if torch.cuda.is_available():
     pytest.skip("test_cuda.py does it in earnest", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="needs: python -m pip install triton 'numpy<2.4'")
+from minihogwild import packed
 from minihogwild.backend import PyTorchBackend
 from minihogwild.gpu import kernels
 
@@ -63,4 +65,63 @@ def test_linear_in_float16(T, N, E):
     """The one 16-bit type that the interpreter has: short and long rows, split or not, ends that fill no tile."""
     x, weight, bias = (torch.randn(shape, dtype=torch.float16) for shape in ((T, E), (N, E), (N,)))
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    assert relative_difference(kernels.linear_for_few_rows(x, weight, bias), exact) <= torch.finfo(torch.float16).eps
+    ours = kernels.linear_for_few_rows(x, weight, None, bias)
+    assert relative_difference(ours, exact) <= torch.finfo(torch.float16).eps
+
+
+# ---- weights in fewer bits
+
+SHAPES = [
+    (1, 70, 96, 32),
+    (3, 200, 256, 64),
+    (9, 130, 640, 128),
+    (16, 64, 512, 256),
+    (5, 300, 1280, 16),
+    (8, 7, 48, 16),
+]
+
+
+@pytest.fixture
+def four_bit(monkeypatch):
+    """A function that draws a matrix in the layout of a GPU."""
+    monkeypatch.setattr(packed, "layout_for", lambda device: packed.Tiles())
+    return random_four_bit
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize(("T", "N", "E", "group"), SHAPES)
+def test_linear_in_four_bit(four_bit, T, N, E, group):
+    """Groups within a tile and across tiles; rows and columns that fill no tile; long rows, split."""
+    weight = four_bit(N, E, group, torch.float16)
+    assert kernels.suits_kernel(weight)
+    x, bias = torch.randn(T, E, dtype=torch.float16), torch.randn(N, dtype=torch.float16)
+    exact = x.double() @ weight.float64().T + bias.double()
+    ours = kernels.TritonBackend().linear(x, weight, bias)
+    assert relative_difference(ours, exact) <= torch.finfo(torch.float16).eps
+    assert torch.equal(kernels.unpack_four_bit(weight, torch.float16), weight.unpack(torch.float16))
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+def test_many_programs_share_a_product_in_four_bits(four_bit, monkeypatch):
+    monkeypatch.setattr(kernels, "FOUR_BIT_PROGRAMS", 4)  # of which a part has no tiles left
+    weight, x = four_bit(64, 128 * 9, 128, torch.float16), torch.randn(2, 128 * 9, dtype=torch.float16)
+    ours = kernels.linear_in_four_bit(x, weight, None)
+    assert relative_difference(ours, x.double() @ weight.float64().T) <= torch.finfo(torch.float16).eps
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize("T", [2, 20])
+def test_every_kind_of_matrix(four_bit, T):
+    """Few rows and many; what no kernel takes; experts; several kinds below each other."""
+    eight = packed.empty_eight_bit(96, 128, torch.float32, "cpu")
+    eight.fill(0, torch.randn(96, 128))
+    kinds = [eight, four_bit(96, 128, 32, torch.float16), four_bit(96, 128, 8, torch.float16)]
+    kinds.append(four_bit(64, 128, 64, torch.float16, stack=(3,))[2])
+    kinds.append(packed.Stacked(kinds[:2]))
+    assert not kernels.suits_kernel(kinds[2])
+    for weight in kinds:
+        x = torch.randn(T, 128, dtype=torch.float16)
+        exact = weight.float64()
+        bias = torch.randn(len(exact), dtype=torch.float16)
+        ours = kernels.TritonBackend().linear(x, weight, bias)
+        assert relative_difference(ours, x.double() @ exact.T + bias.double()) <= torch.finfo(torch.float16).eps

@@ -28,7 +28,7 @@ from test_engine import TOLERANCE, pages
 from tiny import END, ids_of, save_model
 from util import V, config, configs, relative_difference, schedules, step
 
-from minihogwild import Cache, Model, generate, replay, workers
+from minihogwild import Cache, Model, compare, generate, replay, workers
 from minihogwild import load as load_model
 from minihogwild.backend import PyTorchBackend
 from minihogwild.layouts import COMMON, HEADER_OTHERS, HEADER_OWN, SEPARATOR, block_of
@@ -702,6 +702,23 @@ def test_a_recorded_run_goes_through_the_oracle_which_has_digests_of_its_own(tmp
     theirs = load_file(tmp_path / "run.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(relative_difference(ours[name], theirs[name]) <= torch.finfo(torch.float32).eps for name in ours)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_run_with_rounded_weights_is_replayed_bit_for_bit_and_agrees_with_the_oracle(tmp_path, bits):
+    path, ours, theirs = (tmp_path / name for name in ("run.json", "run.safetensors", "theirs.safetensors"))
+    with patch("sys.stdin", None):
+        code, _, _ = said(generate.main, "--quantize", bits, "--record", path, "--max-steps", 40)
+    assert code == 0
+    code, _, err = again(generate.DUET, path, "--quantize", bits)
+    assert code == 0
+    assert "recorded digests: all as recorded, bit for bit" in err
+    code, _, err = said(replay.main, path, "--model", generate.DUET, "--out", theirs, "--oracle", "--quantize", bits)
+    assert code == 0
+    code, out, _ = said(compare.main, path, ours, theirs, "--tolerance", 0.05)
+    assert code == 0, out
+    code, _, _ = again(generate.DUET, path)  # with other weights there are other logits
+    assert code == 1
 
 
 @pytest.mark.parametrize("options", [[], ["--workers", 1], ["--layout", "interleaved", "--workers", 3]], ids=str)

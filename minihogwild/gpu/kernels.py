@@ -1,4 +1,4 @@
-"""The backend for CUDA: two Triton kernels in place of PyTorch's products, which stay below memory's speed.
+"""The backend for CUDA: Triton kernels in place of PyTorch's products, which stay below memory's speed.
 
 Both put what is read from memory (weights, keys) on the rows of a matrix product and the step's few tokens on its
 columns: up to 16 of them cost what one does.
@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from ..attention import LayerCache, Plan, Positions, rotate_for_each_block
 from ..backend import PyTorchBackend
 from ..config import Config
+from ..packed import EightBit, FourBit, Stacked, Tiles
 from ..weights import Dense, Matrix
 from .recorded import RecordedSteps
 
@@ -38,10 +39,19 @@ class TritonBackend(PyTorchBackend):
         return 1024  # these kernels keep no scores
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Stacked):
+            product = torch.cat([self.linear(x, part) for part in weight.parts], -1)
+            return product if bias is None else product + bias
         few_rows = len(x) <= COLUMNS
         half_precision = x.dtype.itemsize == 2
-        if isinstance(weight, Dense) and few_rows and half_precision:
-            return linear_for_few_rows(x, weight.tensor, bias)
+        if half_precision and isinstance(weight, FourBit) and suits_kernel(weight):
+            if few_rows:
+                return linear_in_four_bit(x, weight, bias)
+            return F.linear(x, unpack_four_bit(weight, x.dtype), bias)
+        if half_precision and few_rows and isinstance(weight, Dense):
+            return linear_for_few_rows(x, weight.tensor, None, bias)
+        if half_precision and few_rows and isinstance(weight, EightBit):
+            return linear_for_few_rows(x, weight.codes, weight.scale, bias)
         return weight.times(x, bias)
 
     def causal_mask(self, plan: Plan, dtype: torch.dtype) -> None:
@@ -64,16 +74,28 @@ class TritonBackend(PyTorchBackend):
 # ---- products of few rows
 
 
-def linear_for_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias, [T, E] to [T, N] for T up to 16, at the speed of memory. A long sum is cut in parts ("split-K")."""
+def linear_for_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, [T, E] to [T, N] for T up to 16, at the speed of memory. A long sum is cut in parts ("split-K").
+
+    `weight` [N, E] is in x's dtype; or in 8 bits, and `scale` [N] is that of its rows.
+    """
     (T, E), N = x.shape, len(weight)
     parts = max(1, E // 4096)
     length = triton.cdiv(E, parts * 128) * 128
     sums = x.new_empty(parts, T, N, dtype=torch.float32)
     grid = (triton.cdiv(N, 64), parts)
     _linear[grid](x, weight, sums, T, N, E, LENGTH=length, num_warps=4, num_stages=STAGES)
-    total = sum(sums.unbind()) if bias is None else sum(sums.unbind(), bias)
-    return total.to(x.dtype)
+    return total_of(sums, scale, bias, x.dtype)
+
+
+def total_of(sums: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Of the parts, [parts, T, N], all in one; one kernel, where this is compiled."""
+    total = sum(sums.unbind())
+    if scale is not None:
+        total = total * scale
+    if bias is not None:
+        total = total + bias
+    return total.to(dtype)
 
 
 @triton.jit(do_not_specialize=["T"])  # else it is compiled anew for 1 and 16
@@ -86,10 +108,116 @@ def _linear(x, weight, sums, T, N, E, LENGTH: tl.constexpr):
     total = tl.zeros([64, 16], tl.float32)
     for start in range(part * LENGTH, (part + 1) * LENGTH, 128):
         e = start + tl.arange(0, 128)
-        w = tl.load(weight_rows + e, mask=e < E, other=0.0)  # [64, 128]
+        w = tl.load(weight_rows + e, mask=e < E, other=0)  # [64, 128]
         y = tl.load(x + t * E + e[:, None], mask=(t < T) & (e[:, None] < E), other=0.0)  # [128, 16]
-        total = tl.dot(w, y, total)
+        total = tl.dot(w.to(y.dtype), y, total)
     tl.store(sums + (part * T + t) * N + n[:, None], total, mask=(t < T) & (n[:, None] < N))
+
+
+# ---- products with weights in 4 bits
+
+# A number from 0 to 15 becomes one with a fraction by setting the exponent's bits: those of 128 in bfloat16, of 1024 in
+# float16. It is then 128 (or 1024) too large; so the zero point is made larger by as much.
+EXPONENT_OF = {torch.bfloat16: (0x4300, 128), torch.float16: (0x6400, 1024)}
+FOUR_BIT_ROWS = 64  # of a weight, that one program multiplies
+FOUR_BIT_PROGRAMS = 512  # that share one product, at the least
+FOUR_BIT_WARPS = 1
+FOUR_BIT_STAGES = 3  # tiles on their way at once
+
+
+def suits_kernel(weight: FourBit) -> bool:
+    """Does each group begin and end where 16 columns do, or a tile does?"""
+    group = weight.group
+    return isinstance(weight.layout, Tiles) and (group % 128 == 0 or (128 % group == 0 and group >= 16))
+
+
+def linear_in_four_bit(x: Tensor, weight: FourBit, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, [T, E] to [T, N] for T up to 16."""
+    T, (N, E) = len(x), weight.shape
+    tiles_across = weight.codes.shape[1]
+    programs_down = triton.cdiv(N, FOUR_BIT_ROWS)
+    parts = max(1, min(FOUR_BIT_PROGRAMS // programs_down, tiles_across // 4))
+    tiles_each = triton.cdiv(tiles_across, parts)
+    exponent, offset = EXPONENT_OF[x.dtype]
+    sums = x.new_empty(parts, T, N, dtype=torch.float32)
+    _linear_in_four_bit[programs_down, parts](
+        x, weight.codes, weight.scale, weight.zero, sums, exponent << 16 | exponent,
+        T, N, E, weight.scale.shape[1], len(weight.scale), tiles_across, weight.group, tiles_each,
+        GROUP=min(weight.group, 128), OFFSET=offset, ROWS=FOUR_BIT_ROWS, COLUMNS=8 if T <= 8 else 16,
+        num_warps=FOUR_BIT_WARPS, num_stages=FOUR_BIT_STAGES,
+    )  # fmt: skip
+    return total_of(sums, None, bias, x.dtype)
+
+
+@triton.jit(do_not_specialize=["T", "exponents", "TILES"])
+def _linear_in_four_bit(
+    x, codes, scale, zero, sums, exponents, T, N, E, ROOM, GROUPS, ACROSS, group, TILES,
+    GROUP: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the weight, TILES tiles of them, times x. ROOM is N rounded up to whole tiles, ACROSS a row's tiles.
+
+    Of a group, sum((code - zero) * x) is sum(code * x) - zero * sum(x); the second sum is a product with ones.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    t = tl.arange(0, COLUMNS)
+    j = tl.arange(0, 16)
+    inside = n < ROOM
+    words = codes + ((n // 64).to(tl.int64) * ACROSS * 1024 + n % 64 * 16)[:, None] + j
+    ones = tl.full([ROWS, 16], 1.0, x.dtype.element_ty)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tile in range(part * TILES, tl.minimum((part + 1) * TILES, ACROSS)):
+        word = tl.load(words + tile * 1024, mask=inside[:, None], other=0)  # [ROWS, 16]
+        of_group = tl.zeros([ROWS, COLUMNS], tl.float32)
+        sum_of_x = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for half in tl.static_range(2):
+            for number in tl.static_range(4):
+                first = tile * 128 + half * 64 + number * 16
+                e = first + j
+                y = tl.load(x + t * E + e[:, None], mask=(t < T) & (e[:, None] < E), other=0.0)  # [16, COLUMNS]
+                # Two at a time: one in the lower half of each word, one in the upper
+                pair = (word >> 4 * number) & 0x000F000F | exponents
+                code = (pair >> 16 * half).to(tl.int16).to(y.dtype, bitcast=True)
+                of_group = tl.dot(code, y, of_group)
+                sum_of_x = tl.dot(ones, y, sum_of_x)
+                if (half * 64 + number * 16 + 16) % GROUP == 0:
+                    at = tl.minimum(first // group, GROUPS - 1) * ROOM + n  # past E there is no group, and x is 0
+                    z = tl.load(zero + at, mask=inside, other=0).to(tl.float32) + OFFSET
+                    s = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
+                    total += (of_group - z[:, None] * sum_of_x) * s[:, None]
+                    of_group = tl.zeros([ROWS, COLUMNS], tl.float32)
+                    sum_of_x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    tl.store(sums + (part * T + t) * N + n[:, None], total, mask=(t < T) & (n[:, None] < N))
+
+
+def unpack_four_bit(weight: FourBit, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, E], for an ordinary product with many rows."""
+    N, E = weight.shape
+    matrix = torch.empty(N, E, dtype=dtype, device=weight.codes.device)
+    down, across = weight.codes.shape[:2]
+    _unpack_four_bit[down, across](
+        weight.codes, weight.scale, weight.zero, matrix, N, E, weight.scale.shape[1], across, weight.group
+    )
+    return matrix
+
+
+@triton.jit
+def _unpack_four_bit(codes, scale, zero, matrix, N, E, ROOM, ACROSS, group):
+    """One tile."""
+    down = tl.program_id(0)
+    tile = tl.program_id(1)
+    row = tl.arange(0, 64)
+    j = tl.arange(0, 16)
+    n = down * 64 + row
+    word = tl.load(codes + (down.to(tl.int64) * ACROSS + tile) * 1024 + row[:, None] * 16 + j)  # [64, 16]
+    for number in tl.static_range(8):
+        e = tile * 128 + number * 16 + j
+        inside = (n[:, None] < N) & (e < E)
+        at = e // group * ROOM + n[:, None]
+        z = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
+        s = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
+        w = ((word >> 4 * number & 15).to(tl.float32) - z) * s
+        tl.store(matrix + n[:, None].to(tl.int64) * E + e, w.to(matrix.dtype.element_ty), mask=inside)
 
 
 # ---- attention

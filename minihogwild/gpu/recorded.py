@@ -15,7 +15,7 @@ from ..attention import Plan
 from ..cache import Cache
 from ..config import Config
 from ..model import as_it_is
-from ..weights import Layer, Weights
+from ..weights import Weights
 
 # Bytes of all layers; for a smaller model, compiling takes longer than it saves in a usual run
 COMPILE_FROM = 2**30
@@ -69,7 +69,7 @@ def record(
     plan = plan.unpack(packed_plan)
     tokens = tokens.clone()
     compiled = as_it_is
-    if sum(layer_bytes(layer) for layer in weights.layers) >= COMPILE_FROM:
+    if sum(layer.nbytes for layer in weights.layers) >= COMPILE_FROM:
         compiled = compile_once
         expect_any_number_of_pages(cache, plan)
     # Once outside of the recording, which compiles. That both write the same keys and values changes nothing.
@@ -78,10 +78,6 @@ def record(
     with torch.cuda.graph(graph):
         logits = forward(tokens, weights, config, cache, plan, compiled)
     return Recording(graph, tokens, packed_plan, plan, logits)
-
-
-def layer_bytes(layer: Layer) -> int:
-    return sum(tensor.nbytes for tensor in vars(layer).values() if tensor is not None)
 
 
 def expect_any_number_of_pages(cache: Cache, plan: Plan) -> None:

@@ -3,6 +3,7 @@
 loading.py          `load`: the way through all of this
 config_json.py      config.json and generation_config.json
 checkpoint.py       safetensors files, by one table of names
+quantized.py        matrices in fewer bits: rounded here, or packed in the checkpoint
 tokenizer.py        text to token ids, and back
 chat_template.py    a prompt to a conversation, in a process of its own (render_template.py)
 progress.py         a progress bar, for what takes long

@@ -1,7 +1,7 @@
 """safetensors files to Weights: one table says which tensor of a checkpoint lies where.
 
 Each file is opened once, and each tensor is copied straight to its place: a matrix here may hold several tensors of the
-checkpoint, one below the other.
+checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from torch import Tensor
 from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
 from ..files import read_json
-from ..weights import Dense, Layer, Weights
+from ..weights import Dense, Layer, Matrix, Weights
 from .progress import Bar
+from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
-STORABLE = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that can be weights
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 
 
@@ -69,38 +69,65 @@ def tensors_of_experts(config: Config) -> dict[str, dict[str, list[int]]]:
 
 
 def empty_weights(
-    config: Config, dtype: torch.dtype, device: torch.device | str, biases: bool = False, qk_norms: bool = False
-) -> tuple[Weights, dict[str, Tensor]]:
-    """Weights of the right shapes, not filled; and what fills them: each tensor of a checkpoint, by its name there.
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    biases: bool = False,
+    qk_norms: bool = False,
+    storage: Storage | None = None,
+) -> tuple[Weights, dict[str, Place]]:
+    """Weights of the right shapes, not filled; and what fills them: the place of each tensor of a checkpoint, by name.
 
-    On device "meta" they take no memory.
+    Matrices are stored as `storage` says, by default as they are. On device "meta" they take no memory.
     """
-    places: dict[str, Tensor] = {}
+    if storage is None:
+        storage = Plain()
+    places: dict[str, Place] = {}
 
-    def allocate(shapes: dict[str, list[int]], prefix: str) -> Tensor:
-        """One tensor for all of these; the place of each in it is noted under its name, which begins with `prefix`."""
+    def allocate(shapes: dict[str, list[int]]) -> Tensor:
+        """One tensor for all of these; the place of each in it is noted under its name."""
         rows = [shape[0] for shape in shapes.values()]
         _, *columns = next(iter(shapes.values()))  # the same for all; none, where they are vectors
         whole = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
-        for name, part in zip(shapes, whole.split(rows)):
-            places[prefix + name] = part
+        places.update(zip(shapes, whole.split(rows)))
         return whole
+
+    def allocate_matrix(shapes: dict[str, list[int]], stack: tuple[int, ...] = ()) -> Matrix:
+        matrix, its_places = storage.allocate(shapes, stack, dtype, device)
+        places.update(its_places)
+        return matrix
 
     def allocate_layer(number: int, kind: LayerKind) -> Layer:
         fields = {}
-        for field, shapes in tensors_of_layer(config, kind, biases, qk_norms).items():
-            tensor = allocate(shapes, f"model.layers.{number}.")
-            if kind.experts and field in ("gate_up", "down"):
-                tensor = tensor.unflatten(0, (config.num_experts, -1))  # [X, rows of one expert, columns]
-            fields[field] = Dense(tensor) if field in MATRICES else tensor
+        for field, shapes_by_part in tensors_of_layer(config, kind, biases, qk_norms).items():
+            shapes = {f"model.layers.{number}.{part}": shape for part, shape in shapes_by_part.items()}
+            has_experts = kind.experts and field in ("gate_up", "down")
+            stack = (config.num_experts,) if has_experts else ()
+            fields[field] = allocate_matrix(shapes, stack) if field in MATRICES else allocate(shapes)
         return Layer(**fields)
 
     V, E = config.vocab_size, config.hidden_size
-    embed = allocate({"embed_tokens.weight": [V, E]}, "model.")
-    norm = allocate({"norm.weight": [E]}, "model.")
-    head = embed if config.tie_word_embeddings else allocate({"lm_head.weight": [V, E]}, "")
+    embed = allocate({"model.embed_tokens.weight": [V, E]})
+    norm = allocate({"model.norm.weight": [E]})
+    if not config.tie_word_embeddings:
+        head = allocate_matrix({"lm_head.weight": [V, E]})
+    elif isinstance(
+        storage, Rounded
+    ):  # the head has a rounded copy: a step reads all of it, and of the embedding few rows
+        head, filled = storage.allocate({"lm_head.weight": [V, E]}, (), dtype, device)
+        places["model.embed_tokens.weight"] = both(embed, filled["lm_head.weight"])
+    else:
+        head = Dense(embed)
     layers = [allocate_layer(number, kind) for number, kind in enumerate(config.layer_kinds)]
-    return Weights(embed, layers, norm, Dense(head)), places
+    return Weights(embed, layers, norm, head), places
+
+
+def both(first: Tensor, second: Place) -> Place:
+    def fill(tensor: Tensor) -> None:
+        first.copy_(tensor)
+        second.copy_(tensor)
+
+    return Turned(list(first.shape), fill)
 
 
 # ---- reading them
@@ -113,6 +140,7 @@ class Stored:
     name: str
     path: Path
     file: safe_open  # that path, opened
+    dtype: str  # safetensors' name
     shape: list[int]
 
     def read(self) -> Tensor:
@@ -125,28 +153,34 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     model: str = "the model",
+    format: Format | None = None,
+    quantize: int | None = None,
 ) -> Weights:
     """Fill Weights from a folder's safetensors. `model` is its name, for messages.
 
-    Raises InputError, by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
+    `format` is that of a packed checkpoint. A plain one may be rounded to `quantize` bits, 8 or 4. Raises InputError,
+    by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
     """
     stored = find_tensors(folder)
     # Llama 2's saved rotary frequencies are no parameters; nor is the head that a tied model shares with its embedding.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
     shared_head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
     biases = any(name.endswith("q_proj.bias") for name in stored)
     qk_norms = any(name.endswith("q_norm.weight") for name in stored)
     require_most_layers(config, stored)
-    _, expected = empty_weights(config, dtype, "meta", biases, qk_norms)
+    planned, expected = empty_weights(config, dtype, "meta", biases, qk_norms, storage)
+    if isinstance(storage, Packed):
+        stored = without_zero_biases(stored, expected)
     require_the_same_tensors(expected, stored)
 
-    nbytes = sum(tensor.nbytes for tensor in expected.values())
-    dtype_name = str(dtype).removeprefix("torch.")
-    with allocating(nbytes, f"{model}'s weights in {dtype_name}", device):
-        weights, places = empty_weights(config, dtype, device, biases, qk_norms)
+    stored_as = storage.name or str(dtype).removeprefix("torch.")
+    with allocating(planned.nbytes, f"{model}'s weights in {stored_as}", device):
+        weights, places = empty_weights(config, dtype, device, biases, qk_norms, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
-        places[name].copy_(tensor.read())  # so one tensor at a time is held twice, and no more
+        with refusing(f"{tensor.path.name}: {name}"):
+            places[name].copy_(tensor.read())  # so one tensor at a time is held twice, and no more
     if shared_head is not None:
         head = shared_head.read().to(weights.embed)
         same = torch.equal(head, weights.embed)
@@ -173,9 +207,7 @@ def open_file(path: Path) -> list[Stored]:
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)
-            dtype = entry.get_dtype()
-            require(dtype in STORABLE, f"{name} is {dtype}, none of {', '.join(STORABLE)}")
-            tensors.append(Stored(name, path, file, entry.get_shape()))
+            tensors.append(Stored(name, path, file, entry.get_dtype(), entry.get_shape()))
     return tensors
 
 
@@ -187,7 +219,18 @@ def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
     require(claimed < found + 1000, f"the checkpoint lacks most of config.json's layers: {found} tensors")
 
 
-def require_the_same_tensors(expected: dict[str, Tensor], stored: dict[str, Stored]) -> None:
+def without_zero_biases(stored: dict[str, Stored], expected: dict[str, Place]) -> dict[str, Stored]:
+    """Some writers of GPTQ give every module a bias, of zeros where the model has none."""
+    kept = {}
+    for name, tensor in stored.items():
+        is_extra_bias = name.endswith("_proj.bias") and name not in expected
+        if is_extra_bias and tensor.dtype in FLOATS and not tensor.read().any():
+            continue
+        kept[name] = tensor
+    return kept
+
+
+def require_the_same_tensors(expected: dict[str, Place], stored: dict[str, Stored]) -> None:
     missing = expected.keys() - stored.keys()
     require(not missing, f"the checkpoint lacks {name_some(missing)}")
     unknown = stored.keys() - expected.keys()
@@ -195,6 +238,9 @@ def require_the_same_tensors(expected: dict[str, Tensor], stored: dict[str, Stor
     for name, tensor in stored.items():
         right = list(expected[name].shape)
         require(tensor.shape == right, f"{tensor.path.name}: {name} has shape {tensor.shape}, not {right}")
+        dtypes = getattr(expected[name], "dtypes", FLOATS)  # a plain tensor takes any numbers with a fraction
+        one_of = ", ".join(dtypes)
+        require(tensor.dtype in dtypes, f"{tensor.path.name}: {name} is {tensor.dtype}, none of {one_of}")
 
 
 def name_some(names: set[str]) -> str:

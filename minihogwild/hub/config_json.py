@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import Config, LayerKind, Rope
-from ..errors import InputError, refusing, require
+from ..errors import refusing, require
 from ..files import read_json
 from ..sampling import Sampling
 
@@ -52,7 +52,7 @@ ALLOWED = {
     "tie_word_embeddings": SWITCH,
     "use_sliding_window": SWITCH,
     "layer_types": LIST,
-    "quantization_config": OBJECT,
+    "quantization_config": OBJECT,  # for quantized.py
     # about experts
     "num_experts": COUNT,
     "num_local_experts": COUNT,
@@ -138,7 +138,6 @@ def parse_config(settings: dict) -> Config:
     given = without_nulls(settings)
     family = given.get("model_type")
     require(family in CONTEXT_OF_FAMILY, f"model_type {family!r} is not supported ({', '.join(CONTEXT_OF_FAMILY)} are)")
-    require_unquantised(given)
     require_only_values(settings)
     require(not has_sliding_window(family, settings), "sliding-window attention is not supported")
     missing = [key for key in NEEDED if key not in given]
@@ -171,13 +170,6 @@ def parse_config(settings: dict) -> Config:
         layer_kinds=layer_kinds,
         **experts,
     )
-
-
-def require_unquantised(given: dict) -> None:
-    quantization = given.get("quantization_config")
-    if quantization:
-        method = str(quantization.get("quant_method", "unknown")).upper()
-        raise InputError(f"{method}-quantised weights are not supported: use the unquantised model")
 
 
 def require_only_values(settings: dict) -> None:

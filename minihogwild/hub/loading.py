@@ -14,6 +14,7 @@ from ..weights import Weights
 from .checkpoint import load_weights
 from .config_json import parse_config, read_generation_defaults
 from .progress import Bar, close_bars
+from .quantized import format_of
 from .tokenizer import Tokenizer
 
 # What is fetched from a hub repository
@@ -62,11 +63,13 @@ def load(
     device: str | torch.device = "auto",
     folder: Path | None = None,
     with_tokenizer: bool = True,
+    quantize: int | None = None,
 ) -> Model:
     """Load a model from a local folder, or else from the hub repository of that name.
 
     `dtype` auto is config.json's; `device` auto is cuda, else mps, else cpu. `folder` is what `fetch(name)` gave, for
-    whoever has asked for it before. Without its tokenizer, a folder needs config.json and weights alone.
+    whoever has asked for it before. Without its tokenizer, a folder needs config.json and weights alone. `quantize` (8
+    or 4) rounds the matrices of a plain checkpoint to so many bits.
     Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
     without our support.
     """
@@ -75,10 +78,11 @@ def load(
         folder = fetch(str(name))
     settings = read_json(folder / "config.json")
     config = parse_config(settings)
+    format = format_of(settings)
     dtype = choose_dtype(dtype, settings)
     tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
     sampling, eos = read_generation_defaults(folder, settings)
-    weights = load_weights(folder, config, dtype, device, str(name))
+    weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
 
 

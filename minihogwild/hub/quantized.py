@@ -1,0 +1,447 @@
+"""How the matrices of a model are stored: as they are, rounded to 8 or 4 bits, or packed in the checkpoint already.
+
+Three formats of packed checkpoints are read, each with 4 bits: AWQ (version gemm), GPTQ, and compressed-tensors'
+pack-quantized. For each, a few lines say which tensors stand for one matrix, and how they become a FourBit.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import refusing, require
+from ..packed import HIGHEST_CODE_OF_4, EightBit, FourBit, Stacked, empty_eight_bit, empty_four_bit
+from ..weights import Dense, Matrix
+
+# safetensors' names of dtypes
+FLOATS = ("F64", "F32", "F16", "BF16")
+WORDS = ("I32",)  # of 32 bits: eight codes
+SIZES = ("I64", "I32")
+
+CODES_IN_A_WORD = 8
+GROUPS = (128, 64, 32)  # columns that share a scale, where we choose: the first that divides the row
+
+
+class Place(Protocol):
+    """Where a tensor of a checkpoint goes to. A plain tensor is one itself."""
+
+    shape: list[int]  # that it must have in the checkpoint
+
+    def copy_(self, tensor: Tensor) -> object:
+        """Take it, in whatever form it is to be stored."""
+
+
+@dataclass
+class Turned:
+    """A place for a tensor that is stored in another form than it comes in."""
+
+    shape: list[int]
+    copy_: Callable[[Tensor], object]
+    dtypes: tuple[str, ...] = FLOATS  # safetensors' names of those that it may come in
+
+
+class Storage(Protocol):
+    """A way to store matrices."""
+
+    name: str  # for messages
+
+    def allocate(
+        self, shapes: dict[str, list[int]], stack: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[Matrix, dict[str, Place]]:
+        """One matrix for all of these, one below the other; and the places, by name, of the tensors that fill it.
+
+        `shapes` are those of the checkpoint's `….weight`, by name. Where `stack` is (X,), they are those of X experts,
+        and the matrix is a stack of as many.
+        """
+
+
+@dataclass
+class Plain:
+    """Every matrix as it is, in the model's dtype."""
+
+    name: str = ""
+
+    def allocate(self, shapes, stack, dtype, device):
+        rows = [N for N, _ in shapes.values()]
+        [E] = {E for _, E in shapes.values()}
+        whole = torch.empty(sum(rows), E, dtype=dtype, device=device)
+        places = dict(zip(shapes, whole.split(rows)))
+        if stack:
+            whole = whole.unflatten(0, (*stack, -1))
+        return Dense(whole), places
+
+
+@dataclass
+class Rounded:
+    """Every matrix of a plain checkpoint rounded to 8 bits, or to 4; the head to 8 in any case."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits} bits"
+
+    def allocate(self, shapes, stack, dtype, device):
+        parts = parts_of(shapes, stack)
+        N, E = total_shape(shapes, stack)
+        # What PyTorch's products for a CPU take; elsewhere scales need not be short
+        dtype_of_scale = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if self.bits == 8 or "lm_head.weight" in shapes:
+            matrix = empty_eight_bit(N, E, dtype_of_scale, device, stack)
+        else:
+            group = next((group for group in GROUPS if E % group == 0), None)
+            first = next(iter(shapes))
+            require(group, f"4 bits: {first} has rows of {E} numbers, no multiple of {GROUPS[-1]}")
+            matrix = empty_four_bit(N, E, group, dtype_of_scale, device, stack)
+        places = {}
+        for name, (expert, start, shape) in parts.items():
+            places[name] = Turned(shape, filling(matrix if expert is None else matrix[expert], start))
+        return matrix, places
+
+
+def filling(matrix: EightBit | FourBit, start: int) -> Callable[[Tensor], None]:
+    return lambda weight: matrix.fill(start, weight)
+
+
+def parts_of(shapes: dict[str, list[int]], stack: tuple[int, ...]) -> dict[str, tuple[int | None, int, list[int]]]:
+    """Where each tensor lies: (its expert, if there are experts; its first row there; its shape)."""
+    per_expert = len(shapes) // stack[0] if stack else len(shapes)
+    parts = {}
+    start = 0
+    for number, (name, shape) in enumerate(shapes.items()):
+        if number % per_expert == 0:
+            start = 0
+        parts[name] = (number // per_expert if stack else None, start, shape)
+        start += shape[0]
+    return parts
+
+
+def total_shape(shapes: dict[str, list[int]], stack: tuple[int, ...]) -> tuple[int, int]:
+    """[N, E] of the matrix, or of each of a stack."""
+    rows = sum(N for N, _ in shapes.values())
+    [E] = {E for _, E in shapes.values()}
+    return rows // stack[0] if stack else rows, E
+
+
+# ---- checkpoints that are packed already
+
+
+@dataclass
+class Rows:
+    """The rows of a matrix in 4 bits that one module of a checkpoint fills."""
+
+    matrix: FourBit
+    start: int
+    shape: list[int]  # [N outputs, E inputs]
+
+    @property
+    def _slice(self) -> slice:
+        return slice(self.start, self.start + self.shape[0])
+
+    def take_codes(self, codes: Tensor) -> None:
+        """[N, E], from 0 to 15"""
+        self.matrix.fill_codes(self.start, codes.to(torch.uint8))
+
+    def take_zero(self, zero: Tensor) -> None:
+        """[E / group, N]; or one of all groups, or of all"""
+        self.matrix.zero[:, self._slice] = zero.to(self.matrix.zero)
+
+    def take_scale(self, scale: Tensor) -> None:
+        """[E / group, N]; or one of all groups, or of all"""
+        self.matrix.scale[:, self._slice] = scale.to(self.matrix.scale)
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        """There it is unpacked sooner."""
+        return tensor.to(self.matrix.codes.device)
+
+
+class Format(Protocol):
+    """A format of packed checkpoints."""
+
+    name: str
+    scales: str  # the name of a module's tensor of scales
+    group: int | None  # columns that share a scale; None: the whole row
+    packs_outputs: bool  # does any tensor hold eight outputs in a word,
+    packs_inputs: bool  # or eight inputs?
+
+    def places(self, rows: Rows) -> dict[str, Place]:
+        """The tensors of one module, by their names within it."""
+
+
+@dataclass
+class Awq:
+    """AutoAWQ's version "gemm": a word holds eight outputs of one input, in an order that suits its kernel."""
+
+    group: int | None
+    name: str = "AWQ"
+    scales: str = "scales"
+    packs_outputs: bool = True
+    packs_inputs: bool = False
+
+    # Which of eight columns lies in each nibble of a word, beginning with the lowest
+    COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def places(self, rows: Rows) -> dict[str, Place]:
+        N, E = rows.shape
+        groups = groups_of(E, self.group)
+        return {
+            "qweight": Turned(
+                [E, N // CODES_IN_A_WORD],
+                lambda words: rows.take_codes(self._unpack(rows.on_device(words)).T),
+                WORDS,
+            ),
+            "qzeros": Turned(
+                [groups, N // CODES_IN_A_WORD],
+                lambda words: rows.take_zero(self._unpack(words)),
+                WORDS,
+            ),
+            "scales": Turned([groups, N], rows.take_scale),
+        }
+
+    def _unpack(self, words: Tensor) -> Tensor:
+        """[E, N / 8] words to [E, N] codes."""
+        nibbles = nibbles_of(words)
+        nibble_of_column = [self.COLUMN_OF_NIBBLE.index(column) for column in range(CODES_IN_A_WORD)]
+        return nibbles[..., nibble_of_column].flatten(1)
+
+
+@dataclass
+class Gptq:
+    """GPTQ: a word holds eight inputs of one output. Zero points are stored less one, in the format's first version."""
+
+    group: int | None
+    zero_is_less_one: bool = True
+    name: str = "GPTQ"
+    scales: str = "scales"
+    packs_outputs: bool = True
+    packs_inputs: bool = True
+
+    def places(self, rows: Rows) -> dict[str, Place]:
+        N, E = rows.shape
+        groups = groups_of(E, self.group)
+        return {
+            "qweight": Turned(
+                [E // CODES_IN_A_WORD, N],
+                lambda words: rows.take_codes(nibbles_of(rows.on_device(words).T).flatten(1)),
+                WORDS,
+            ),
+            "qzeros": Turned(
+                [groups, N // CODES_IN_A_WORD],
+                lambda words: rows.take_zero(nibbles_of(words).flatten(1) + self.zero_is_less_one & HIGHEST_CODE_OF_4),
+                WORDS,
+            ),
+            "scales": Turned([groups, N], rows.take_scale),
+            "g_idx": Turned([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
+        }
+
+
+@dataclass
+class CompressedTensors:
+    """compressed-tensors' "pack-quantized": a word holds eight inputs of one output, each with 8 added to it."""
+
+    group: int | None
+    symmetric: bool
+    name: str = "compressed-tensors"
+    scales: str = "weight_scale"
+    packs_inputs: bool = True
+
+    @property
+    def packs_outputs(self) -> bool:
+        return not self.symmetric  # zero points, if there are any
+
+    def places(self, rows: Rows) -> dict[str, Place]:
+        N, E = rows.shape
+        groups = groups_of(E, self.group)
+        found = {
+            "weight_packed": Turned(
+                [N, E // CODES_IN_A_WORD],
+                lambda words: rows.take_codes(nibbles_of(rows.on_device(words)).flatten(1)),
+                WORDS,
+            ),
+            "weight_scale": Turned([N, groups], lambda scale: rows.take_scale(scale.T)),
+            "weight_shape": Turned([2], lambda shape: require_shape(shape, rows.shape), SIZES),
+        }
+        if self.symmetric:
+            rows.take_zero(torch.tensor(8))
+        else:
+            found["weight_zero_point"] = Turned(
+                [N // CODES_IN_A_WORD, groups],
+                lambda words: rows.take_zero(nibbles_of(words.T).flatten(1)),
+                WORDS,
+            )
+        return found
+
+
+def nibbles_of(words: Tensor) -> Tensor:
+    """[..., n] words of 32 bits: [..., n, 8] numbers from 0 to 15, that of the lowest bits first."""
+    shifts = 4 * torch.arange(CODES_IN_A_WORD, dtype=torch.int32, device=words.device)
+    return (words[..., None] >> shifts & HIGHEST_CODE_OF_4).to(torch.uint8)
+
+
+def groups_of(E: int, group: int | None) -> int:
+    return 1 if group is None else E // group
+
+
+def require_in_order(group_of_input: Tensor, group: int) -> None:
+    """GPTQ may give inputs to groups in an order of its own ("act-order", desc_act). That order is not supported."""
+    in_order = torch.arange(len(group_of_input)) // group
+    same = torch.equal(group_of_input.long(), in_order)
+    require(same, "desc_act, inputs in groups out of their order, is not supported: use a model without it")
+
+
+def require_shape(shape: Tensor, right: list[int]) -> None:
+    require(shape.tolist() == right, f"it says {shape.tolist()}, not {right}")
+
+
+@dataclass
+class Packed:
+    """The matrices of a packed checkpoint: each module's as it comes, packed or plain."""
+
+    format: Format
+    stored: Collection[str]  # names of all tensors of the checkpoint
+    dtype_of_scale: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"4 bits ({self.format.name})"
+
+    def allocate(self, shapes, stack, dtype, device):
+        plain = [name for name in shapes if name in self.stored]  # modules_to_not_convert, ignore
+        if len(plain) == len(shapes):
+            return Plain().allocate(shapes, stack, dtype, device)
+        if plain:
+            return self._allocate_apart(shapes, stack, dtype, device)
+        for name, (N, E) in shapes.items():
+            self._require_divisible(name.removesuffix(".weight"), N, E)
+        N, E = total_shape(shapes, stack)
+        matrix = empty_four_bit(N, E, self._group_of(E), self.dtype_of_scale, device, stack)
+        places = {}
+        for name, (expert, start, shape) in parts_of(shapes, stack).items():
+            rows = Rows(matrix if expert is None else matrix[expert], start, shape)
+            module = name.removesuffix("weight")
+            for part, place in self.format.places(rows).items():
+                places[module + part] = place
+        return matrix, places
+
+    def _allocate_apart(self, shapes, stack, dtype, device):
+        """A matrix of which some modules are packed, and some are not."""
+        first = next(iter(shapes))
+        require(not stack, f"{first}: experts of one layer that are packed, and others that are not, are not supported")
+        matrices = []
+        places = {}
+        for name, shape in shapes.items():
+            matrix, places_of_module = self.allocate({name: shape}, stack, dtype, device)
+            matrices.append(matrix)
+            places.update(places_of_module)
+        return Stacked(matrices), places
+
+    def _require_divisible(self, module: str, N: int, E: int) -> None:
+        group = self.format.group or E
+        require(E % group == 0, f"{module}: {E} inputs are no multiple of the group size {group}")
+        packs = {"inputs": (E, self.format.packs_inputs), "outputs": (N, self.format.packs_outputs)}
+        for what, (count, in_words) in packs.items():
+            divides = count % CODES_IN_A_WORD == 0
+            require(divides or not in_words, f"{module}: {count} {what} are no multiple of {CODES_IN_A_WORD}")
+
+    def _group_of(self, E: int) -> int:
+        """Of whole rows, groups that our kernels like: all of a row then have the same scale."""
+        if self.format.group is not None:
+            return self.format.group
+        return next((group for group in GROUPS if E % group == 0), E)
+
+
+# ---- which of them it is
+
+
+def storage_of(format: Format | None, quantize: int | None, dtypes: dict[str, str]) -> Storage:
+    """How to store the matrices of a model.
+
+    As the checkpoint's `format` says (None: it is plain), or the option `quantize`; `dtypes` are those of the
+    checkpoint's tensors, by name.
+    """
+    if format is None:
+        return Plain() if quantize is None else Rounded(quantize)
+    require(quantize is None, f"--quantize {quantize}: the checkpoint is packed already ({format.name}, 4 bits)")
+    dtypes_of_scales = {dtype for name, dtype in dtypes.items() if name.endswith("." + format.scales)}
+    short = {"F16": torch.float16, "BF16": torch.bfloat16}
+    same = len(dtypes_of_scales) == 1
+    dtype_of_scale = short.get(*dtypes_of_scales, torch.float32) if same else torch.float32
+    return Packed(format, dtypes.keys(), dtype_of_scale)
+
+
+@refusing("config.json: quantization_config")
+def format_of(settings: dict) -> Format | None:
+    """The format that config.json says its checkpoint is packed in; None for a plain one."""
+    quantization = settings.get("quantization_config")
+    if not quantization:
+        return None
+    require(isinstance(quantization, dict), f"must be an object, not {quantization!r}")
+    given = {key: value for key, value in quantization.items() if value is not None}
+    method = given.get("quant_method")
+    readers = {"awq": awq_format, "gptq": gptq_format, "compressed-tensors": compressed_tensors_format}
+    supported = isinstance(method, str) and method in readers
+    require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
+    return readers[method](given)
+
+
+def awq_format(given: dict) -> Awq:
+    require_only(given, "bits", 4)
+    require_only(given, "zero_point", True)
+    version = str(given.get("version", "gemm"))
+    require(version.lower() == "gemm", f"version {version!r} is not supported, only 'gemm'")
+    return Awq(group_size(given, "group_size"))
+
+
+def gptq_format(given: dict) -> Gptq:
+    require_only(given, "bits", 4)
+    require_only(given, "dynamic", {})
+    require_only(given, "is_marlin_format", False)
+    version = given.get("checkpoint_format", "gptq")
+    require(version in ("gptq", "gptq_v2"), f"checkpoint_format {version!r} is not supported ('gptq', 'gptq_v2' are)")
+    return Gptq(group_size(given, "group_size"), zero_is_less_one=version == "gptq")
+
+
+def compressed_tensors_format(given: dict) -> CompressedTensors:
+    require_only(given, "format", "pack-quantized")
+    require_only(given, "kv_cache_scheme", {})
+    sparsity = given.get("sparsity_config", {})
+    is_dense = sparsity == {} or (isinstance(sparsity, dict) and sparsity.get("format") == "dense")
+    require(is_dense, "sparsity_config is not supported")
+    groups = given.get("config_groups")
+    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
+    require(right, f"config_groups must be objects by name, not {groups!r}")
+    schemes = [group.get("weights") for group in groups.values()]
+    require(schemes.count(schemes[0]) == len(schemes), "config_groups that differ in their weights are not supported")
+    for group in groups.values():
+        for key in ("input_activations", "output_activations"):
+            require(not group.get(key), f"{key} are not supported: only weights may be quantised")
+    scheme = schemes[0]
+    require(isinstance(scheme, dict), f"config_groups: weights must be an object, not {scheme!r}")
+    scheme = {key: value for key, value in scheme.items() if value is not None}
+    require_only(scheme, "num_bits", 4)
+    require_only(scheme, "type", "int")
+    require_only(scheme, "dynamic", False)
+    strategy = scheme.get("strategy", "group")
+    require(strategy in ("group", "channel"), f"strategy {strategy!r} is not supported ('group', 'channel' are)")
+    group = group_size(scheme, "group_size") if strategy == "group" else None
+    symmetric = scheme.get("symmetric", True)
+    require(isinstance(symmetric, bool), f"symmetric must be true or false, not {symmetric!r}")
+    return CompressedTensors(group, symmetric)
+
+
+def require_only(given: dict, key: str, only: object) -> None:
+    """Raise InputError for another value than this one; silence means it, but for how many bits there are."""
+    is_needed = key in ("bits", "num_bits", "format")
+    found = given.get(key, None if is_needed else only)
+    same = found == only and type(found) is type(only)
+    require(same, f"{key} {found!r} is not supported, only {only!r}")
+
+
+def group_size(given: dict, key: str) -> int | None:
+    """Columns that share a scale; None, where -1 says the whole row."""
+    size = given.get(key)
+    right = type(size) is int and (size == -1 or 1 <= size <= 2**20)
+    require(right, f"{key} must be a whole number, or -1 for whole rows, not {size!r}")
+    return None if size == -1 else size

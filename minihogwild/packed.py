@@ -1,0 +1,282 @@
+"""Weight matrices in 8 and in 4 bits: whole numbers ("codes"), and the scales that make weights of them.
+
+A decode step reads every weight once, and that is nearly all of its time: with fewer bytes it takes less. Where codes
+meet a few rows, nothing is ever unpacked in memory: PyTorch has products for it on a CPU, `gpu/kernels.py` on a GPU.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weights import Matrix
+
+# Rows of x for which PyTorch's 8-bit product is faster than to unpack the matrix. (Of the 4-bit one: any number.)
+FEW_ROWS = 64
+HIGHEST_CODE_OF_8 = 127
+HIGHEST_CODE_OF_4 = 15
+GROUPS_OF_PYTORCH = (32, 64, 128, 256)  # columns that share a scale: what its 4-bit product takes
+
+
+# ---- 8 bits
+
+
+@dataclass
+class EightBit:
+    """w[n, e] = codes[n, e] * scale[n]"""
+
+    codes: Tensor  # int8 [N, E], or [X, N, E]
+    scale: Tensor  # [N], or [X, N]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        N, E = self.codes.shape
+        # PyTorch's product reads 16 rows and 32 columns at once, and past the end where there are fewer.
+        has_whole_tiles = N % 16 == 0 and E % 32 == 0
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and has_whole_tiles and x.dtype == self.scale.dtype == torch.bfloat16 and len(x) <= FEW_ROWS:
+            product = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
+            return product if bias is None else product + bias
+        return F.linear(x, self.unpack(x.dtype), bias)
+
+    def float64(self) -> Tensor:
+        return self.unpack(torch.float64).cpu()
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype) * self.scale[..., None].to(dtype)
+
+    def __getitem__(self, expert: int) -> "EightBit":
+        return EightBit(self.codes[expert], self.scale[expert])
+
+    def fill(self, start: int, weight: Tensor) -> None:
+        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 255 that the row can have."""
+        rows = slice(start, start + len(weight))
+        weight = weight.to(self.scale.device, torch.float32)
+        largest = weight.abs().amax(1).clamp_min(1e-30)
+        self.scale[rows] = largest / HIGHEST_CODE_OF_8
+        exact_codes = weight / self.scale[rows, None].float()  # by the scale as it has been stored, rounded
+        self.codes[rows] = exact_codes.round().clamp(-HIGHEST_CODE_OF_8, HIGHEST_CODE_OF_8).to(torch.int8)
+
+
+def empty_eight_bit(
+    N: int, E: int, dtype: torch.dtype, device: torch.device | str, stack: tuple[int, ...] = ()
+) -> EightBit:
+    """`dtype` is that of the scale; `stack` is (X,) for a matrix of each expert, else ()."""
+    codes = torch.zeros(*stack, N, E, dtype=torch.int8, device=device)
+    return EightBit(codes, torch.ones(*stack, N, dtype=dtype, device=device))
+
+
+# ---- 4 bits
+
+
+@dataclass
+class FourBit:
+    """w[n, e] = (code[n, e] - zero[e // group, n]) * scale[e // group, n], for codes from 0 to 15.
+
+    N and E are rounded up to what the layout of the codes holds; nobody reads what is there.
+    """
+
+    codes: Tensor  # in the order of `layout`; with one axis more, X, in a stack
+    scale: Tensor  # [E / group, N], or [X, E / group, N]
+    zero: Tensor  # uint8, of the same shape
+    layout: "BlocksOfRows | Tiles"
+    shape: tuple[int, int]  # (N, E), not rounded
+    scales_and_shifts: Tensor | None = None  # for PyTorch's product, when it has been asked for: see `prepare`
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.shape[1] // self.scale.shape[-2]
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type == "cpu" and self.suits_pytorch(x.dtype):
+            return self.times_by_pytorch(x, bias)
+        return F.linear(x, self.unpack(x.dtype), bias)
+
+    def suits_pytorch(self, dtype: torch.dtype) -> bool:
+        right_order = isinstance(self.layout, BlocksOfRows)
+        return right_order and dtype != torch.float64 and self.group in GROUPS_OF_PYTORCH
+
+    def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        self.prepare(x.dtype)
+        blocks, E, half = self.codes.shape
+        codes = self.codes.view(blocks * 2 * half, E // 2)  # the shape that it asks for; the same bytes
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, self.scales_and_shifts)
+        product = product[:, : self.shape[0]]
+        return product if bias is None else product + bias
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make what PyTorch's product wants beside the codes: w = (code - 8) * scale + shift, all in one dtype.
+
+        Both are rounded to it, as any weight of a model in 16 bits is.
+        """
+        if self.scales_and_shifts is None or self.scales_and_shifts.dtype != dtype:
+            shift = (8 - self.zero.float()) * self.scale.float()
+            self.scales_and_shifts = torch.stack((self.scale.to(dtype), shift.to(dtype)), -1)  # [E / group, N, 2]
+
+    def float64(self) -> Tensor:
+        is_stack = self.scale.dim() == 3
+        if is_stack:
+            return torch.stack([expert.float64() for expert in self.experts])
+        return self.unpack(torch.float64).cpu()
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, E]."""
+        N, E = self.shape
+        exact_dtype = torch.promote_types(dtype, torch.float32)
+        codes = self.layout.unpack(self.codes)[:N, :E].unflatten(1, (-1, self.group))  # [N, E / group, group]
+        zero, scale = (part[:, :N].T[..., None].to(exact_dtype) for part in (self.zero, self.scale))
+        return ((codes.to(exact_dtype) - zero) * scale).to(dtype).flatten(1)
+
+    def __getitem__(self, expert: int) -> "FourBit":
+        return self.experts[expert]
+
+    @functools.cached_property
+    def experts(self) -> list["FourBit"]:
+        """Of a stack, each matrix: kept, since each keeps what it has prepared."""
+        return [FourBit(*parts, self.layout, self.shape) for parts in zip(self.codes, self.scale, self.zero)]
+
+    def fill_codes(self, start: int, codes: Tensor) -> None:
+        """Put codes [n, E], uint8, at row `start`. Each row is filled once, after `empty_four_bit`."""
+        self.layout.fill(self.codes, start, codes.to(self.codes.device))
+
+    def fill(self, start: int, weight: Tensor) -> None:
+        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 16 that its group can have."""
+        rows = slice(start, start + len(weight))
+        weight = weight.to(self.scale.device, torch.float32).unflatten(1, (-1, self.group))  # [n, E / group, group]
+        lowest = weight.amin(2).clamp_max(0)  # so that 0 itself is one of the 16
+        highest = weight.amax(2).clamp_min(0)
+        self.scale[:, rows] = ((highest - lowest) / HIGHEST_CODE_OF_4).clamp_min(1e-30).T
+        scale = self.scale[:, rows].T.float()  # as it has been stored, rounded
+        zero = (-lowest / scale).round().clamp(0, HIGHEST_CODE_OF_4)
+        codes = (weight / scale[..., None]).round() + zero[..., None]
+        self.zero[:, rows] = zero.T.to(torch.uint8)
+        self.fill_codes(start, codes.clamp(0, HIGHEST_CODE_OF_4).flatten(1).to(torch.uint8))
+
+
+def empty_four_bit(
+    N: int, E: int, group: int, dtype: torch.dtype, device: torch.device | str, stack: tuple[int, ...] = ()
+) -> FourBit:
+    """`dtype` is that of the scale; `stack` is (X,) for a matrix of each expert, else ()."""
+    layout = layout_for(torch.device(device))
+    codes, rows = layout.empty(N, E, device, stack)
+    scale = torch.zeros(*stack, E // group, rows, dtype=dtype, device=device)
+    return FourBit(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), layout, (N, E))
+
+
+@dataclass(frozen=True)
+class BlocksOfRows:
+    """The order of codes that PyTorch's product for CPUs wants: [N / R, E, R / 2] bytes, R rows to a block.
+
+    Byte j of a column holds the code of the block's row j in its lower half, and of row j + R / 2 in its upper half.
+    """
+
+    R: int
+
+    def empty(self, N: int, E: int, device: torch.device | str, stack: tuple[int, ...]) -> tuple[Tensor, int]:
+        """(codes, all 0; how many rows they have room for)."""
+        blocks = -(-N // self.R)
+        return torch.zeros(*stack, blocks, E, self.R // 2, dtype=torch.uint8, device=device), blocks * self.R
+
+    def fill(self, packed: Tensor, start: int, codes: Tensor) -> None:
+        half = self.R // 2
+        row, last = start, start + len(codes)
+        while row < last:  # run by run of rows that lie in the same half of the same block
+            which_half, place = divmod(row, half)
+            block, is_upper = divmod(which_half, 2)
+            run = min(half - place, last - row)
+            columns = codes[row - start : row - start + run].T
+            packed[block, :, place : place + run] |= columns << 4 if is_upper else columns
+            row += run
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, E], uint8"""
+        by_block = torch.cat((packed & 15, packed >> 4), -1)  # [N / R, E, R]
+        return by_block.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The order that a GPU's kernel wants (gpu/kernels.py): [N / 64, E / 128, 64, 16] words, 64 x 128 codes to a tile.
+
+    A word of 32 bits holds eight codes of a row: counted from the lowest bits, number m of word j is column 16 m + j of
+    the tile. So the kernel reads a tile at one stroke, and 16 columns that follow each other come from one shift.
+    """
+
+    ROWS = 64
+    COLUMNS = 128
+
+    def empty(self, N: int, E: int, device: torch.device | str, stack: tuple[int, ...]) -> tuple[Tensor, int]:
+        """(codes, all 0; how many rows they have room for)."""
+        down, across = -(-N // self.ROWS), -(-E // self.COLUMNS)
+        return torch.zeros(*stack, down, across, self.ROWS, 16, dtype=torch.int32, device=device), down * self.ROWS
+
+    def fill(self, packed: Tensor, start: int, codes: Tensor) -> None:
+        n, E = codes.shape
+        whole_tiles = F.pad(codes.int(), (0, -E % self.COLUMNS))
+        words = torch.zeros(n, packed.shape[1], 16, dtype=torch.int32, device=packed.device)
+        for number, columns in enumerate(whole_tiles.view(n, packed.shape[1], 8, 16).unbind(2)):
+            words |= columns << 4 * number
+        row = torch.arange(start, start + n, device=packed.device)
+        packed[row // self.ROWS, :, row % self.ROWS] = words
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, E], uint8"""
+        numbers = [(packed >> 4 * number & 15).to(torch.uint8) for number in range(8)]
+        tiles = torch.stack(numbers, 3).flatten(3)  # [N / 64, E / 128, 64, 128]
+        return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def layout_for(device: torch.device) -> BlocksOfRows | Tiles:
+    if device.type == "cpu":
+        return layout_of_pytorch()
+    return Tiles()
+
+
+@functools.cache
+def layout_of_pytorch() -> BlocksOfRows | Tiles:
+    """The order of codes that PyTorch's product on this CPU wants, if we know it; else any.
+
+    It depends on the width of the CPU's registers, and nothing tells it: so some codes are packed, and looked at.
+    """
+    codes = torch.randint(16, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    except (AttributeError, RuntimeError):  # PyTorch has none, or not for this CPU
+        return Tiles()
+    for layout in (BlocksOfRows(64), BlocksOfRows(32)):
+        ours, _ = layout.empty(64, 64, "cpu", ())
+        layout.fill(ours, 0, codes)
+        if torch.equal(ours.flatten(), theirs.flatten()):
+            return layout
+    return Tiles()
+
+
+# ---- matrices of several kinds
+
+
+@dataclass
+class Stacked:
+    """Matrices one below the other, each stored in its own way: a checkpoint may pack q, and leave k as it is."""
+
+    parts: list[Matrix]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = torch.cat([part.times(x) for part in self.parts], -1)
+        return product if bias is None else product + bias
+
+    def float64(self) -> Tensor:
+        return torch.cat([part.float64() for part in self.parts])
