@@ -1,7 +1,8 @@
 """Time per decode step: W workers over one common prompt, against transformers' cached decode of W such sequences.
 
-And against the linear reference: every weight matrix times one row, nothing else. All three run in one process and
-take turns, so that a busy machine slows all. Ratios are medians too. The last line is one JSON object.
+And against the linear reference: every weight matrix, as it is stored, times one row, nothing else. All three run in
+one process and take turns, so that a busy machine slows all. Ratios are medians too. With --quantize our weights are
+rounded, and theirs are not. The last line is one JSON object.
 """
 
 import argparse
@@ -14,7 +15,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 import transformers
 
 from minihogwild import Cache, Model, forward, load
@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="a model folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--quantize", type=int, choices=[8, 4], help="round our weights to so many bits")
     parser.add_argument("--steps", type=int, default=60, help="measured of each, for each number of workers")
     options = parser.parse_args()
     folder = options.model or smollm2.folder()
@@ -36,10 +37,11 @@ def main() -> None:
     machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
     print(*(f"{key} {value}" for key, value in machine.items()), sep=" · ")
 
-    ours = load(folder, options.dtype, "cpu")
+    ours = load(folder, options.dtype, "cpu", quantize=options.quantize)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).eval()
     floor = 1e3 * sum(parameter.nbytes for parameter in theirs.parameters()) / copy_speed()
-    print(f"{Path(folder).name}, {options.dtype}, prompt of {PROMPT} tokens, medians of {options.steps} steps")
+    stored = f"{options.dtype}, our weights in {options.quantize} bits" if options.quantize else options.dtype
+    print(f"{Path(folder).name}, {stored}, prompt of {PROMPT} tokens, medians of {options.steps} steps")
     print(f"to read the weights once, at copy speed: {floor:.1f} ms\n")
     print("workers   minihogwild   transformers   ratio   linear reference   ratio")
     results = []
@@ -68,14 +70,16 @@ def measure(ours: Model, theirs, workers: int, steps: int) -> list[tuple[float, 
         forward(chunk, ours.weights, ours.config, cache, cache.extend([["prompt"]], [len(chunk)]))
     theirs(prompt[None], past_key_values=past, logits_to_keep=1)
     past.batch_repeat_interleave(workers)
-    matrices = [ours.weights.head.tensor]
+    E, F = ours.config.hidden_size, ours.config.intermediate_size
+    mixed = ours.config.num_attention_heads * ours.config.head_dim
+    products = [(ours.weights.head, torch.randn(1, E, dtype=ours.dtype))]
     for layer in ours.weights.layers:
-        matrices += [matrix.tensor for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    rows = [(torch.randn(1, matrix.shape[1], dtype=ours.dtype), matrix) for matrix in matrices]
+        for matrix, columns in ((layer.qkv, E), (layer.out, mixed), (layer.gate_up, E), (layer.down, F)):
+            products.append((matrix, torch.randn(1, columns, dtype=ours.dtype)))
     step = {
         "ours": lambda: forward(tokens, ours.weights, ours.config, cache, cache.extend(views, [1] * workers)),
         "theirs": lambda: theirs(tokens[:, None], past_key_values=past),
-        "linear": lambda: [F.linear(*pair) for pair in rows],
+        "linear": lambda: [matrix.times(row) for matrix, row in products],
     }
     times = []
     for n in range(steps):

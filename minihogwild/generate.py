@@ -31,6 +31,7 @@ from .errors import one_line, require
 from .files import require_all_writable, write_whole
 from .hub import fetch, load
 from .layouts import LAYOUTS
+from .plan import plan
 from .prompts import Prompts, load_prompts, prompts_of
 from .replay import digest, schedule_json
 from .show.lines import Lines, report
@@ -51,6 +52,8 @@ def arguments() -> Parser:
     add_model_options(parser)
     add("--pace", type=float, metavar="N", help="at most N steps a second; 0: any (default: what the model's own words "
         "ask for where the run is drawn on a terminal, as duet's do; else 0)")  # fmt: skip
+    add("--plan", action="store_true", help="run nothing: tell from config.json on which cards the model fits, in "
+        "how many bits, with how many workers")  # fmt: skip
     add("--plain", action="store_true", help="on a terminal too, print line by line and draw nothing")
     add("--json", type=Path, metavar="FILE", help="write the result, with each worker's text and token ids")
     add("--record", type=Path, metavar="FILE", help="write the run's schedule, for minihogwild.replay")
@@ -61,6 +64,9 @@ def arguments() -> Parser:
 
 def command(options: argparse.Namespace) -> int:
     """Check all that can be checked, load, run, write. Returns the exit code."""
+    if options.plan:
+        print(plan(options.model, options.dtype))
+        return 0
     is_drawn = prepare_terminal(options)
     sampling = sampling_asked_for(options)
     require_pace(options.pace)

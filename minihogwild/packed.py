@@ -5,6 +5,7 @@ meet a few rows, nothing is ever unpacked in memory: PyTorch has products for it
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,23 @@ from torch import Tensor
 
 from .weights import Matrix
 
-# Rows of x for which PyTorch's 8-bit product is faster than to unpack the matrix. (Of the 4-bit one: any number.)
-FEW_ROWS = 64
+# Up to how many rows of x PyTorch's products are faster than to unpack the matrix. They are made for bfloat16, where the
+# 8-bit one has this limit, and the 4-bit one none. Of other dtypes only the 4-bit one is of use, for very few rows.
+ROWS_IN_EIGHT_BITS = 96
+ROWS_OF_OTHER_DTYPES = 4
 HIGHEST_CODE_OF_8 = 127
 HIGHEST_CODE_OF_4 = 15
+SMALLEST = 1e-30  # scale, of a row of zeros
+NUMBERS_AT_ONCE = 2**20  # that are rounded
 GROUPS_OF_PYTORCH = (32, 64, 128, 256)  # columns that share a scale: what its 4-bit product takes
+
+
+def in_few_rows(start: int, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time, and where they go to: so what is computed of them, in float32, is small."""
+    rows_at_once = max(1, NUMBERS_AT_ONCE // weight.shape[1])
+    for some in weight.split(rows_at_once):
+        yield start, some
+        start += len(some)
 
 
 # ---- 8 bits
@@ -38,8 +51,8 @@ class EightBit:
         N, E = self.codes.shape
         # PyTorch's product reads 16 rows and 32 columns at once, and past the end where there are fewer.
         has_whole_tiles = N % 16 == 0 and E % 32 == 0
-        on_cpu = x.device.type == "cpu"
-        if on_cpu and has_whole_tiles and x.dtype == self.scale.dtype == torch.bfloat16 and len(x) <= FEW_ROWS:
+        is_faster = x.dtype == self.scale.dtype == torch.bfloat16 and len(x) <= ROWS_IN_EIGHT_BITS
+        if x.device.type == "cpu" and has_whole_tiles and is_faster:
             product = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
             return product if bias is None else product + bias
         return F.linear(x, self.unpack(x.dtype), bias)
@@ -55,12 +68,13 @@ class EightBit:
 
     def fill(self, start: int, weight: Tensor) -> None:
         """Put these rows, [n, E], at row `start`: each number becomes the nearest of 255 that the row can have."""
-        rows = slice(start, start + len(weight))
-        weight = weight.to(self.scale.device, torch.float32)
-        largest = weight.abs().amax(1).clamp_min(1e-30)
-        self.scale[rows] = largest / HIGHEST_CODE_OF_8
-        exact_codes = weight / self.scale[rows, None].float()  # by the scale as it has been stored, rounded
-        self.codes[rows] = exact_codes.round().clamp(-HIGHEST_CODE_OF_8, HIGHEST_CODE_OF_8).to(torch.int8)
+        for first, some in in_few_rows(start, weight):
+            some = some.to(self.scale.device, torch.float32)
+            rows = slice(first, first + len(some))
+            largest = some.abs().amax(1).clamp_min(SMALLEST)
+            self.scale[rows] = largest / HIGHEST_CODE_OF_8
+            exact_codes = some / self.scale[rows, None].float()  # by the scale as it has been stored, rounded
+            self.codes[rows] = exact_codes.round().clamp(-HIGHEST_CODE_OF_8, HIGHEST_CODE_OF_8).to(torch.int8)
 
 
 def empty_eight_bit(
@@ -98,13 +112,14 @@ class FourBit:
         return self.shape[1] // self.scale.shape[-2]
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type == "cpu" and self.suits_pytorch(x.dtype):
+        if x.device.type == "cpu" and self.suits_pytorch(x):
             return self.times_by_pytorch(x, bias)
         return F.linear(x, self.unpack(x.dtype), bias)
 
-    def suits_pytorch(self, dtype: torch.dtype) -> bool:
-        right_order = isinstance(self.layout, BlocksOfRows)
-        return right_order and dtype != torch.float64 and self.group in GROUPS_OF_PYTORCH
+    def suits_pytorch(self, x: Tensor) -> bool:
+        right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
+        is_faster = x.dtype == torch.bfloat16 or len(x) <= ROWS_OF_OTHER_DTYPES
+        return right_order and is_faster and x.dtype != torch.float64
 
     def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
         self.prepare(x.dtype)
@@ -151,16 +166,17 @@ class FourBit:
 
     def fill(self, start: int, weight: Tensor) -> None:
         """Put these rows, [n, E], at row `start`: each number becomes the nearest of 16 that its group can have."""
-        rows = slice(start, start + len(weight))
-        weight = weight.to(self.scale.device, torch.float32).unflatten(1, (-1, self.group))  # [n, E / group, group]
-        lowest = weight.amin(2).clamp_max(0)  # so that 0 itself is one of the 16
-        highest = weight.amax(2).clamp_min(0)
-        self.scale[:, rows] = ((highest - lowest) / HIGHEST_CODE_OF_4).clamp_min(1e-30).T
-        scale = self.scale[:, rows].T.float()  # as it has been stored, rounded
-        zero = (-lowest / scale).round().clamp(0, HIGHEST_CODE_OF_4)
-        codes = (weight / scale[..., None]).round() + zero[..., None]
-        self.zero[:, rows] = zero.T.to(torch.uint8)
-        self.fill_codes(start, codes.clamp(0, HIGHEST_CODE_OF_4).flatten(1).to(torch.uint8))
+        for first, some in in_few_rows(start, weight):
+            some = some.to(self.scale.device, torch.float32).unflatten(1, (-1, self.group))  # [n, E / group, group]
+            rows = slice(first, first + len(some))
+            lowest = some.amin(2).clamp_max(0)  # so that 0 itself is one of the 16
+            highest = some.amax(2).clamp_min(0)
+            self.scale[:, rows] = ((highest - lowest) / HIGHEST_CODE_OF_4).clamp_min(SMALLEST).T
+            scale = self.scale[:, rows].T.float()  # as it has been stored, rounded
+            zero = (-lowest / scale).round().clamp(0, HIGHEST_CODE_OF_4)
+            codes = (some / scale[..., None]).round() + zero[..., None]
+            self.zero[:, rows] = zero.T.to(torch.uint8)
+            self.fill_codes(first, codes.clamp(0, HIGHEST_CODE_OF_4).flatten(1).to(torch.uint8))
 
 
 def empty_four_bit(
@@ -237,9 +253,9 @@ class Tiles:
 
 
 def layout_for(device: torch.device) -> BlocksOfRows | Tiles:
-    if device.type == "cpu":
-        return layout_of_pytorch()
-    return Tiles()
+    if device.type == "cuda":
+        return Tiles()
+    return layout_of_pytorch()
 
 
 @functools.cache

@@ -217,7 +217,7 @@ def test_help(command):
     assert code == 0
     for option in (
         "--model", "--workers", "--layout", "--max-steps", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--prompts", "--dtype", "--device", "--json",
+        "--prompts", "--dtype", "--quantize", "--device", "--json", "--plan",
     ):  # fmt: skip
         assert option in out
 

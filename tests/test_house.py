@@ -35,6 +35,7 @@ ORDER = [
     "compare",
     "scoring",
     "show",
+    "plan",
     "generate",
     "evaluate",
 ]

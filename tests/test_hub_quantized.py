@@ -392,3 +392,19 @@ def test_memory_is_asked_for_as_packed(tmp_path, monkeypatch):
     free_memory(monkeypatch, 10)
     message = refusal(load, folder, "float32", "cpu")
     assert "weights in 4 bits (AWQ) needs" in message
+
+
+# ---- what it is computed in
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_on_a_cpu_fewer_bits_are_multiplied_in_bfloat16_where_the_model_says_float16(tmp_path, stored, computed):
+    made = pack(DENSE | {"torch_dtype": stored}, "awq", 32)
+    folder = folder_of(tmp_path / "packed", made)
+    assert load(folder, device="cpu").dtype == getattr(torch, computed)
+    assert load(folder, "float16", device="cpu").dtype == torch.float16  # whoever asks for it gets it
+    plain = make_folder(tmp_path / "plain", DENSE | {"torch_dtype": stored}, make_tensors(DENSE))
+    assert load(plain, device="cpu", quantize=8).dtype == getattr(torch, computed)
+    assert load(plain, device="cpu").dtype == getattr(torch, stored)

@@ -112,7 +112,7 @@ def random_four_bit(N: int, E: int, group: int, dtype: torch.dtype, seed: int = 
 def test_a_product_in_four_bits(dtype, group, rows, N, layout, monkeypatch):
     monkeypatch.setattr(packed, "layout_for", lambda device: layout)
     if layout != layout_of_pytorch():
-        monkeypatch.setattr(FourBit, "suits_pytorch", lambda self, dtype: False)
+        monkeypatch.setattr(FourBit, "suits_pytorch", lambda self, x: False)
     scale = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     matrix = random_four_bit(N, 192, group, scale)
     x, bias = torch.randn(rows, 192).to(dtype), torch.randn(N).to(dtype)
@@ -143,7 +143,7 @@ def test_pytorchs_products_are_taken(monkeypatch):
     eight = empty_eight_bit(64, 128, torch.bfloat16, "cpu")
     eight.times(x)
     assert taken == ["_weight_int8pack_mm"]
-    eight.times(x.repeat(packed.FEW_ROWS, 1))  # many rows
+    eight.times(x.repeat(packed.ROWS_IN_EIGHT_BITS, 1))  # many rows
     eight.times(x.float())
     assert len(taken) == 1
     four = random_four_bit(64, 128, 64, torch.bfloat16)

@@ -9,8 +9,19 @@ chat_template.py    a prompt to a conversation, in a process of its own (render_
 progress.py         a progress bar, for what takes long
 """
 
-from .loading import DTYPES, Model, fetch, load
+from .loading import DTYPES, Model, fetch, fetch_config, load
 from .progress import Bar
 from .tokenizer import END_OF_THINK, TextStream, Tokenizer, opening_of
 
-__all__ = ["DTYPES", "END_OF_THINK", "Bar", "Model", "TextStream", "Tokenizer", "fetch", "load", "opening_of"]
+__all__ = [
+    "DTYPES",
+    "END_OF_THINK",
+    "Bar",
+    "Model",
+    "TextStream",
+    "Tokenizer",
+    "fetch",
+    "fetch_config",
+    "load",
+    "opening_of",
+]

@@ -67,9 +67,9 @@ def load(
 ) -> Model:
     """Load a model from a local folder, or else from the hub repository of that name.
 
-    `dtype` auto is config.json's; `device` auto is cuda, else mps, else cpu. `folder` is what `fetch(name)` gave, for
-    whoever has asked for it before. Without its tokenizer, a folder needs config.json and weights alone. `quantize` (8
-    or 4) rounds the matrices of a plain checkpoint to so many bits.
+    `dtype` auto is config.json's (on a CPU, with 8 or 4 bits, bfloat16 for float16); `device` auto is cuda, else mps,
+    else cpu. `folder` is what `fetch(name)` gave, for whoever has asked for it before. Without its tokenizer, a folder
+    needs config.json and weights alone. `quantize` (8 or 4) rounds the matrices of a plain checkpoint to so many bits.
     Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
     without our support.
     """
@@ -79,6 +79,9 @@ def load(
     settings = read_json(folder / "config.json")
     config = parse_config(settings)
     format = format_of(settings)
+    has_fewer_bits = format is not None or quantize is not None
+    if dtype == "auto" and has_fewer_bits and device.type == "cpu":
+        dtype = dtype_for_cpu(settings)
     dtype = choose_dtype(dtype, settings)
     tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
     sampling, eos = read_generation_defaults(folder, settings)
@@ -113,6 +116,12 @@ def choose_dtype(dtype: str | torch.dtype, settings: dict) -> torch.dtype:
     return chosen
 
 
+def dtype_for_cpu(settings: dict) -> str:
+    """config.json's; but PyTorch's products with 8 and 4 bits are fast with bfloat16, and not with float16."""
+    dtype = dtype_in(settings)
+    return "bfloat16" if dtype == "float16" else dtype
+
+
 def dtype_in(settings: dict) -> str:
     for key in ("dtype", "torch_dtype"):  # as transformers writes it today, and as it did
         if settings.get(key):
@@ -126,6 +135,16 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
     path = folder / "tokenizer.json"
     require(count <= limit, f"{path}: {count} ids, more than config.json's vocab_size {limit}")
     return tokenizer
+
+
+def fetch_config(name: str) -> dict:
+    """config.json of the local folder or hub repository of that name, without anything else of it."""
+    with refusing(f"{name}: neither a folder nor to be had from the hub"):
+        folder = Path(name).expanduser()
+        path = folder / "config.json"
+        if not folder.is_dir():
+            path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    return read_json(path)
 
 
 def fetch(name: str) -> Path:

@@ -1,0 +1,130 @@
+"""--plan: from config.json alone, what a model takes, and where it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hub_files import MOE, TINY, make_folder, make_tensors, write_json
+from in_process import said
+from packed_files import pack
+
+from minihogwild import generate, load
+from minihogwild.hub.config_json import parse_config
+from minihogwild.hub.quantized import Packed, Plain, Rounded, format_of
+from minihogwild.plan import bytes_of_token, bytes_of_weights, plan, workers_on
+
+QWQ = {
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
+LAYER = 5120 * (5120 + 2 * 1024) + 5120 * 5120 + 3 * 5120 * 27648  # weights of its matrices
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "moe_intermediate_size": 32}
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """The cells of each row, by its first."""
+    rows = {}
+    for line in table.splitlines():
+        if line.startswith("|"):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[name] = cells
+    return rows
+
+
+def test_a_large_model(tmp_path):
+    """By hand: 64 layers, an embedding and a head; 8 key/value heads of 128 in each layer, twice two bytes."""
+    write_json(tmp_path / "config.json", QWQ)
+    table = plan(str(tmp_path))
+    assert f"{2 * 2 * 64 * 8 * 128:,} bytes" in table
+    assert "up to 40,960 tokens" in table
+    rows = rows_of(table)
+    whole = 2 * (64 * LAYER + 2 * 5120 * 152064)
+    assert rows["as they are, bfloat16"] == [f"{whole / 1e9:.1f} GB", "", "", "", "", "", "4"]
+    scales = 2 * (64 * (7168 + 5120 + 2 * 27648 + 5120) + 152064)  # one for each row
+    eight = 64 * LAYER + 3 * 5120 * 152064 + scales
+    assert rows["`--quantize 8`"][0] == f"{eight / 1e9:.1f} GB"
+    free = 48 * 2**30 - 2**30 - eight
+    assert rows["`--quantize 8`"][5] == str(int(free / (262144 * 16384)))
+
+
+def test_a_packed_model(tmp_path):
+    """4 bits for each weight, and for 128 of them a scale of 2 bytes and a zero point of 1; the head as it is."""
+    packed = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    write_json(tmp_path / "config.json", QWQ | {"torch_dtype": "float16", "quantization_config": packed})
+    rows = rows_of(plan(str(tmp_path)))
+    nbytes = 64 * LAYER * (1 / 2 + 3 / 128) + 2 * 2 * 5120 * 152064
+    assert list(rows) == ["weights", "---", "as they are, AWQ"]
+    assert rows["as they are, AWQ"][0] == f"{nbytes / 1e9:.1f} GB"
+
+
+@pytest.mark.parametrize("shape", [TINY | WIDE, MOE | WIDE], ids=["dense", "experts"])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_estimate_is_what_is_loaded(tmp_path, shape, bits):
+    loaded = load(make_folder(tmp_path, shape, make_tensors(shape)), device="cpu", quantize=bits)
+    storage = Rounded(bits) if bits else Plain()
+    assert bytes_of_weights(parse_config(shape), torch.float32, storage) == loaded.weights.nbytes
+
+
+def test_the_estimate_is_what_is_loaded_from_a_packed_folder(tmp_path):
+    made = pack(TINY | WIDE, "awq", 32)
+    loaded = load(make_folder(tmp_path, made.config, made.tensors), device="cpu")
+    storage = Packed(format_of(made.config), ["lm_head.weight"], torch.float16)
+    assert bytes_of_weights(parse_config(made.config), torch.float32, storage) == loaded.weights.nbytes
+
+
+def test_room_for_workers():
+    config = parse_config(TINY)
+    token_bytes = bytes_of_token(config, torch.float32)
+    assert token_bytes == 2 * 2 * 2 * 6 * 4  # keys and values, layers, heads, dimensions, bytes
+    one = 16384 * 2**20
+    assert workers_on(40, 39 * 2**30 - one, 2**20) == 1
+    assert workers_on(40, 39 * 2**30 - one + 1, 2**20) == 0
+    assert workers_on(40, 50 * 2**30, 2**20) == 0
+    assert workers_on(80, 0, 1) == 16  # as many as there can be
+
+
+def test_rows_that_cannot_be_rounded_have_no_line(tmp_path):
+    write_json(tmp_path / "config.json", TINY)
+    assert list(rows_of(plan(str(tmp_path)))) == ["weights", "---", "as they are, float32", "`--quantize 8`"]
+
+
+def test_the_command_reads_nothing_but_config_json(tmp_path, monkeypatch):
+    """Of a hub repository too."""
+    write_json(tmp_path / "config.json", QWQ)
+    asked = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    code, out, err = said(generate.main, "--model", "Qwen/QwQ-32B", "--plan")
+    assert (code, err) == (0, "")
+    assert asked == [("Qwen/QwQ-32B", "config.json")]
+    assert "QwQ-32B: " in out
+    _, local, _ = said(generate.main, "--model", tmp_path, "--plan")
+    assert rows_of(local) == rows_of(out)
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "gpt2"}', '{"quantization_config": {"quant_method": "fp8"}}'])
+def test_what_cannot_be_planned(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    code, out, err = said(generate.main, "--model", tmp_path, "--plan")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "config.json" in err
+
+
+def test_no_such_model(tmp_path):
+    code, _, err = said(generate.main, "--model", Path(tmp_path) / "nowhere", "--plan")
+    assert code == 2
+    assert "neither a folder nor to be had from the hub" in err
