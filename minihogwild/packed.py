@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .weights import Matrix
 
-# Up to how many rows of x PyTorch's products are faster than to unpack the matrix. They are made for bfloat16, where the
-# 8-bit one has this limit, and the 4-bit one none. Of other dtypes only the 4-bit one is of use, for very few rows.
+# Up to how many rows of x PyTorch's products are faster than to unpack the matrix. They are made for bfloat16: then the
+# 8-bit one has this limit, and the 4-bit one none. Of other dtypes the 4-bit one alone is of use, for a few rows.
 ROWS_IN_EIGHT_BITS = 96
 ROWS_OF_OTHER_DTYPES = 4
 HIGHEST_CODE_OF_8 = 127

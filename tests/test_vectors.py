@@ -27,7 +27,7 @@ def test_they_are_small_and_all_there():
     models = {path.name for path in (VECTORS / "models").iterdir()}
     schedules = {path.stem for path in (VECTORS / "schedules").iterdir()}
     assert {*CASES} == {(m, s) for m in models for s in schedules if (m == "long") == (s == "long")}
-    assert len(models) == 8
+    assert len(models) == 11
     assert len(schedules) == 9
     assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 3e6
 
@@ -52,11 +52,11 @@ def test_oracle_and_engine_agree_with_them(name, schedule):
 
 
 def test_the_command_makes_them_again(tmp_path, monkeypatch):
-    """All models and schedules, and the logits of three models."""
+    """All models and schedules, and the logits of four models."""
     monkeypatch.syspath_prepend(VECTORS)
     import make
 
-    replay_command, replayed = make.replay, ("llama", "qwen2", "qwen3_moe")
+    replay_command, replayed = make.replay, ("llama", "qwen2", "qwen3_moe", "awq")
 
     def replay_some(arguments: list[str]) -> int:
         return replay_command(arguments) if Path(arguments[2]).parent.name in replayed else 0
@@ -65,7 +65,7 @@ def test_the_command_makes_them_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path)])
     make.main()
     made = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(made) == 9 + 3 * 8 + len(replayed) * 8 + 1  # schedules, model folders, logits, the inside
+    assert len(made) == 9 + 3 * 11 + len(replayed) * 8 + 1  # schedules, model folders, logits, the inside
     for path in made:
         kept = VECTORS / path.relative_to(tmp_path)
         if path.suffix == ".safetensors":

@@ -9,6 +9,7 @@ inside.safetensors   the first layer's attention in one step of `together`, mode
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 from zlib import crc32
 
@@ -26,6 +27,9 @@ from minihogwild.oracle import Oracle
 from minihogwild.replay import main as replay
 from minihogwild.replay import schedule_json
 from minihogwild.rope import attention_scale, rotate
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import packed_files
 
 V = 64
 SHAPE = {
@@ -52,6 +56,8 @@ CONFIGS = {
         "rope_scaling": {**YARN, "factor": 32.0, "original_max_position_embeddings": 4096},
     },
 }  # fmt: skip
+# Models in 4 bits: the format (one of packed_files.FORMATS), in groups of 32 columns
+PACKED = {"awq": "awq", "gptq": "gptq", "compressed-tensors": "asymmetric"}
 
 
 # ---- models
@@ -73,6 +79,22 @@ def make_model(folder: Path, settings: dict) -> None:
         else:  # large enough that where a token stands moves the logits
             value = 1.5 * noise / part.shape[-1] ** 0.5
         tensors[name] = value.bfloat16().float()
+    save_model(folder, settings, tensors)
+
+
+def make_packed_model(folder: Path, kind: str) -> None:
+    """A Llama whose matrices, but for the head, are packed; what is plain is exact in bfloat16."""
+    settings = {**SHAPE, "intermediate_size": 64, "model_type": "llama", "tie_word_embeddings": False}
+    made = packed_files.pack(settings, kind, 32, seed=crc32(folder.name.encode()))
+    tensors = {}
+    for name, tensor in made.tensors.items():
+        is_plain = name in made.meant
+        tensors[name] = tensor.bfloat16().float() if is_plain else tensor
+    folder.mkdir(parents=True)
+    save_model(folder, made.config, tensors)
+
+
+def save_model(folder: Path, settings: dict, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     words = {f"w{n}": n for n in range(settings["vocab_size"])}
@@ -216,6 +238,9 @@ def main() -> None:
         (out / "schedules" / f"{name}.json").write_bytes(schedule_json(blocks, script.events))
     for name, settings in CONFIGS.items():
         make_model(out / "models" / name, settings)
+    for name, kind in PACKED.items():
+        make_packed_model(out / "models" / name, kind)
+    for name in [*CONFIGS, *PACKED]:
         (out / "logits" / name).mkdir(parents=True)
         for schedule in ["long"] if name == "long" else scripts.keys() - {"long"}:
             paths = [
