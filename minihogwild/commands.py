@@ -42,9 +42,18 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: config.json's")
+    add("--context", type=positive, metavar="N", help="tokens that a view may hold (default: as config.json has it)")
     add("--quantize", type=int, choices=[8, 4], help="round the weights of a plain checkpoint to so many bits")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--kernels", choices=["auto", "off"], default="auto", help="off: plain PyTorch on a GPU too")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, from an option. Raises ValueError for others."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def add_sampling_options(parser: Parser) -> None:

@@ -49,6 +49,7 @@ class Config:
     tie_word_embeddings: bool
     rope: Rope
     layer_kinds: tuple[LayerKind, ...]  # one for each of the L layers
+    longest_view: int | None = None  # `context`, where it is not what follows from the numbers above
     # The next four are about experts, where a layer has them
     num_experts: int = 0  # X
     num_experts_per_tok: int = 0  # how many of them each token takes
@@ -62,6 +63,10 @@ class Config:
     @property
     def context(self) -> int:
         """Tokens that one view may hold."""
+        if self.longest_view is not None:
+            return self.longest_view
+        if self.rope.rope_type == "linear":
+            return int(self.max_position_embeddings * self.rope.factor)
         if self.rope.rope_type != "yarn":
             return self.max_position_embeddings
         # Some configs leave max_position_embeddings as it was before YaRN stretched it, others give the stretched one.

@@ -119,7 +119,9 @@ def command(options: argparse.Namespace) -> int:
     require_outputs(options, folder)
     words = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
     require_workers(options.workers[-1], words)
-    model = load(options.model, options.dtype, options.device, folder=folder, quantize=options.quantize)
+    model = load(
+        options.model, options.dtype, options.device, folder=folder, quantize=options.quantize, context=options.context
+    )
     spare_threads(model.config)
     model = replace(model, sampling=replace(model.sampling, **sampling))
     if not HAS_MATH_VERIFY and any(problem.expected for problem in problems):

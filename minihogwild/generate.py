@@ -65,7 +65,7 @@ def arguments() -> Parser:
 def command(options: argparse.Namespace) -> int:
     """Check all that can be checked, load, run, write. Returns the exit code."""
     if options.plan:
-        print(plan(options.model, options.dtype))
+        print(plan(options.model, options.dtype, options.context))
         return 0
     is_drawn = prepare_terminal(options)
     sampling = sampling_asked_for(options)
@@ -75,7 +75,9 @@ def command(options: argparse.Namespace) -> int:
     prompts = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
     prompt = read_prompt(options.prompt, prompts.problem)
 
-    model = load(options.model, options.dtype, options.device, folder=folder, quantize=options.quantize)
+    model = load(
+        options.model, options.dtype, options.device, folder=folder, quantize=options.quantize, context=options.context
+    )
     spare_threads(model.config)
     run = Run(
         model,

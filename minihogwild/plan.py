@@ -9,7 +9,7 @@ from .errors import InputError
 from .hub import fetch_config
 from .hub.checkpoint import empty_weights
 from .hub.config_json import parse_config
-from .hub.loading import choose_dtype
+from .hub.loading import choose_dtype, dtype_of
 from .hub.quantized import Packed, Plain, Rounded, Storage, format_of
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB of a card, of 2**30 bytes as its makers count
@@ -18,12 +18,12 @@ RESERVED = 2**30  # bytes of a card for the driver, and for what a step computes
 MOST_WORKERS = 16
 
 
-def plan(model: str, dtype: str = "auto") -> str:
+def plan(model: str, dtype: str = "auto", context: int | None = None) -> str:
     """A table: a row for each way to store the weights; in each card's column how many workers there is room for."""
     settings = fetch_config(model)
-    config = parse_config(settings)
+    config = parse_config(settings, context)
     format = format_of(settings)
-    compute_dtype = choose_dtype(dtype, settings)
+    compute_dtype = choose_dtype(dtype_of(settings, folder=None) if dtype == "auto" else dtype)
     dtype_name = str(compute_dtype).removeprefix("torch.")
     if format is None:
         ways = {f"as they are, {dtype_name}": Plain(), "`--quantize 8`": Rounded(8), "`--quantize 4`": Rounded(4)}

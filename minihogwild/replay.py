@@ -273,7 +273,9 @@ def command(options: argparse.Namespace) -> int:
     require_writable(options.out, "--out", files_read)
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     device = "cpu" if options.oracle else options.device
-    model = load(options.model, options.dtype, device, with_tokenizer=False, quantize=options.quantize)
+    model = load(
+        options.model, options.dtype, device, with_tokenizer=False, quantize=options.quantize, context=options.context
+    )
     spare_threads(model.config)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
 

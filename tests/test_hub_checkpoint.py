@@ -59,6 +59,16 @@ def test_the_index_decides_which_files_count(tmp_path: Path):
     assert_holds(load(folder, device="cpu").weights, make_tensors(TINY), TINY)
 
 
+def test_an_index_that_was_left_beside_a_whole_file(tmp_path: Path):
+    """Saved once more, in one piece: transformers takes that piece."""
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY), shards=3)
+    for path in folder.glob("model-*"):
+        path.unlink()
+    make_folder(tmp_path, TINY, make_tensors(TINY))
+    assert (folder / "model.safetensors.index.json").exists()
+    assert_holds(load(folder, device="cpu").weights, make_tensors(TINY), TINY)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_architecture_is_loaded_to_its_place(data):
@@ -141,6 +151,20 @@ def test_tied_with_the_same_head_saved_too(tmp_path: Path, shards: int, dtype: s
     weights = load(folder, dtype=dtype, device="cpu").weights
     assert weights.head.tensor is weights.embed
     assert_holds(weights, saved, TIED, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tied_and_stored_under_the_heads_name(tmp_path: Path, shards: int):
+    """So does safetensors' save_model: of two names it keeps the first in the alphabet."""
+    saved = make_tensors(TIED)
+    moved = without(saved, "model.embed_tokens.weight") | {"lm_head.weight": saved["model.embed_tokens.weight"]}
+    weights = load(make_folder(tmp_path, TIED, moved, shards), device="cpu").weights
+    assert weights.head.tensor is weights.embed
+    assert_holds(weights, saved, TIED)
+    moved["lm_head.weight"] = moved["lm_head.weight"][:-1].clone()
+    assert "has shape [259, 12], not [260, 12]" in refusal(
+        load, make_folder(tmp_path, TIED, moved, shards), device="cpu"
+    )
 
 
 def one_number_off(embedding: torch.Tensor) -> torch.Tensor:
@@ -416,3 +440,34 @@ def test_weights_own_their_memory_and_ask_for_no_gradient(tiny: Path):
         fields = [field for field in vars(layer).values() if field is not None]
         tensors += [field.tensor if isinstance(field, Dense) else field for field in fields]
     assert not any(tensor.requires_grad for tensor in tensors)
+
+
+# ---- what lies there in place of weights
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_pointer_of_git_lfs(tmp_path: Path, shards: int):
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY), shards)
+    path = sorted(folder.glob("model*.safetensors"))[-1]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1234\n")
+    message = refusal(load, folder, device="cpu")
+    assert f"{path} cannot be read: it is a pointer of Git LFS" in message
+    assert "git lfs pull" in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_only_pickled_weights(tmp_path: Path, name: str):
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
+    (folder / "model.safetensors").rename(folder / name)
+    message = refusal(load, folder, device="cpu")
+    assert f"there is only {name}: convert it to safetensors" in message
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_weights_that_are_no_file(tmp_path: Path, kind: str):
+    """Nobody would ever write to that pipe."""
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
+    path = folder / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    assert "model.safetensors cannot be read: it is not a file" in refusal(load, folder, device="cpu")

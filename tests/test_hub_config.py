@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 
 import pytest
-from hub_files import MOE, TINY, make_folder, make_tensors, refusal, without
+from hub_files import MOE, TINY, make_folder, make_tensors, refusal, without, write_json
+from transformers import AutoConfig
 
 from minihogwild import Config, Rope, Sampling, load
+from minihogwild.hub import config_json
 from minihogwild.hub.config_json import parse_config
 
 # ---- config.json
@@ -16,6 +18,9 @@ from minihogwild.hub.config_json import parse_config
 
 def sparse_layers(config: Config) -> tuple[int, ...]:
     return tuple(number for number, kind in enumerate(config.layer_kinds) if kind.experts)
+
+
+YARN = {"type": "yarn", "factor": 4.0}
 
 
 def parsed_rope(**settings) -> Rope:
@@ -81,14 +86,52 @@ def test_rope_where_config_json_says_little():
     assert parsed_rope(rope_parameters={"rope_type": "default", "rope_theta": 5e5}) == Rope("default", 5e5)
 
 
-def test_rope_parameters_win_over_the_older_form():
-    """Both stand in files that are to be read by older versions of transformers too."""
+def test_rope_scaling_wins_over_rope_parameters():
+    """As for transformers: whoever stretches a context by hand adds the older key, as model cards say."""
     both = {
-        "rope_theta": 1e4,
-        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 3e4},
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 2e4, "factor": 8.0},
     }
-    assert parsed_rope(**both) == Rope("yarn", 2e4, 8.0, 512)
+    assert parsed_rope(**both) == Rope("linear", 3e4, 2.0)
+    assert parsed_rope(**both | {"rope_scaling": {}}) == Rope("yarn", 2e4, 8.0, 512)
+    assert parsed_rope(**both | {"rope_scaling": None}) == Rope("yarn", 2e4, 8.0, 512)
+    both["rope_scaling"].pop("rope_theta")
+    assert parsed_rope(rope_theta=1e4, **both) == Rope("linear", 1e4, 2.0)
+    # transformers takes 10,000 here, silently
+    message = refusal(parse_config, without(TINY, "rope_theta") | both)
+    assert "rope_scaling lacks the rope_theta 20000.0" in message
+
+
+@pytest.mark.parametrize("forms", [("rope_scaling",), ("rope_parameters",), ("rope_scaling", "rope_parameters")])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn", "dynamic"])
+@pytest.mark.parametrize("theta", ["beside", "inside", "both"])
+def test_rope_is_what_transformers_reads(tmp_path, forms, kind, rope_type, theta):
+    """Over the forms that config.json may have: type and numbers, and where theta stands."""
+    keys = {"linear": {"factor": 4.0}, "dynamic": {"factor": 2.0}, "yarn": {"factor": 4.0}}.get(rope_type, {})
+    if rope_type == "llama3":
+        keys = ROPES["llama3"][0]
+    settings = without(TINY, "rope_theta") | {"model_type": kind, "sliding_window": None}
+    for number, form in enumerate(forms):
+        inside = {"rope_theta": 1e5 + number} if theta != "beside" else {}
+        named = {"rope_type": rope_type} | keys if number == 0 else {"rope_type": "default"}
+        settings[form] = named | inside
+    if theta != "inside":
+        settings["rope_theta"] = 7e4
+    write_json(tmp_path / "config.json", settings)
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    ours = parse_config(settings).rope
+    assert ours.rope_theta == theirs["rope_theta"]
+    assert ours.rope_type == ("default" if rope_type == "dynamic" else theirs["rope_type"])
+    if rope_type in ("linear", "llama3", "yarn"):
+        assert ours.factor == theirs["factor"]
+
+
+def test_keys_of_yarn_that_transformers_ignores_with_a_warning(caplog):
+    extra = {"attn_factor": 1.0, "finetuned": True}
+    assert parsed_rope(rope_scaling=YARN | extra) == parsed_rope(rope_scaling=YARN)
+    [line] = caplog.messages
+    assert "attn_factor, finetuned" in line
 
 
 def test_null_rope_keys_leave_the_defaults():
@@ -119,8 +162,19 @@ def test_context():
     assert context(640, type="yarn", factor=2.5, original_max_position_embeddings=512) == 1280
     assert context(512, type="yarn", factor=4.0) == 2048
     assert context(4096, type="yarn", factor=4.0, original_max_position_embeddings=512) == 4096
+    assert context(512, type="linear", factor=4.0) == 2048
+    assert context(512, type="dynamic", factor=4.0) == 512  # beyond, its keys would have to be rotated anew
     # Llama 3.1's is already the long one
     assert context(1024, rope_type="llama3", **ROPES["llama3"][0]) == 1024  # 8 times 256 is more
+
+
+def test_another_word_for_the_context():
+    """Vicuna's: the length to which the factor stretches the model; in Llama 1 simply the same number."""
+    vicuna = {"max_position_embeddings": 256, "max_sequence_length": 1024}
+    assert parse_config(TINY | vicuna | {"rope_scaling": {"type": "linear", "factor": 4.0}}).context == 1024
+    assert parse_config(TINY | vicuna | {"rope_scaling": {"type": "linear", "factor": 2.0}}).context == 512
+    assert parse_config(TINY | vicuna).context == 256
+    assert parse_config(TINY | {"max_position_embeddings": 512, "max_sequence_length": 300}).context == 300
 
 
 def test_numbers_that_config_json_may_leave_out():
@@ -169,7 +223,7 @@ def test_head_dim(silence: dict):
     assert head_dim("llama", head_dim=24) == head_dim("qwen2", head_dim=24) == head_dim("qwen3", head_dim=24) == 24
 
 
-YARN = {"type": "yarn", "factor": 4.0}
+LONG = {"max_position_embeddings": 8192}
 REFUSED = {
     "model type": (
         {"model_type": "gemma"},
@@ -186,20 +240,26 @@ REFUSED = {
     "every -1st layer sparse": (MOE | {"decoder_sparse_step": -1}, ["decoder_sparse_step", "not -1"]),
     "experts without a number": (MOE | {"num_experts": "all"}, ["config.json"]),
     "dense layers without a list": (MOE | {"mlp_only_layers": 1}, ["config.json"]),
-    "Mistral 7B v0.1": ({"model_type": "mistral", "sliding_window": 4096}, ["sliding-window"]),
-    "Mistral's silence": ({"model_type": "mistral"}, ["sliding-window"]),  # means 4096
-    "Qwen's silence": ({"model_type": "qwen2", "use_sliding_window": True}, ["sliding-window"]),  # the same
+    "Mistral 7B v0.1": ({"model_type": "mistral", "sliding_window": 64}, ["sliding-window", "64", "512"]),
+    "Mistral's silence": ({"model_type": "mistral"} | LONG, ["sliding-window", "4096"]),
+    "Qwen's silence": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1} | LONG,
+        ["sliding-window", "4096"],
+    ),
+    "experts with a window": (MOE | {"use_sliding_window": True, "sliding_window": 64}, ["sliding-window"]),
+    "bidirectional": ({"is_causal": False}, ["is_causal", "False"]),
+    "cross attention": ({"add_cross_attention": True}, ["add_cross_attention"]),
     "no model type": ({"model_type": None}, ["model_type"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
     "activation, close": ({"hidden_act": "gelu_pytorch_tanh"}, ["hidden_act", "'gelu_pytorch_tanh'"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias"]),
     "rope interleaved": ({"rope_interleaved": True}, ["rope_interleaved"]),
     "sliding window": (
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
         ["sliding-window"],
     ),
     "sliding window, layer 28 on": (
-        {"use_sliding_window": True, "sliding_window": 4096, "num_hidden_layers": 29},
+        {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 29},
         ["sliding-window"],
     ),
     "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
@@ -209,7 +269,7 @@ REFUSED = {
         ["partial_rotary_factor"],
     ),
     "the same, older": ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
-    "rope type dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope type", "'dynamic'", "yarn"]),
+    "rope type su": ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope type", "'su'", "yarn"]),
     "rope type longrope": ({"rope_parameters": {"rope_type": "longrope"}}, ["rope type", "'longrope'"]),
     "rope_type before type": ({"rope_scaling": {"type": "linear", "rope_type": "su", "factor": 2.0}}, ["'su'"]),
     "rope key of yarn": ({"rope_scaling": YARN | {"extrapolation": 1}}, ["extrapolation", "'yarn'"]),
@@ -257,7 +317,14 @@ def test_a_missing_number_is_named(key: str):
         {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 1},
         {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
         {"layer_types": ["full_attention", "full_attention"], "sliding_window": 4096},
-        {"layer_types": None},
+        # a window that no layer has, or that no context outgrows
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+        {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
+        {"model_type": "mistral", "sliding_window": 512},
+        {"model_type": "mistral"},
+        # null is silence
+        dict.fromkeys(["layer_types", "hidden_act", "mlp_bias", "partial_rotary_factor", "tie_word_embeddings"]),
+        dict.fromkeys(["is_causal", "rope_interleaved", "max_sequence_length", "use_mrope", "sliding_window"]),
         {"model_type": "mistral", "sliding_window": None},  # v0.2 and later
         without(MOE, "model_type"),  # not llama's
         {"mlp_bias": False, "attention_bias": False, "pretraining_tp": 1, "rope_interleaved": False},
@@ -381,3 +448,43 @@ def test_no_warning_for_what_asks_for_nothing(tmp_path: Path, caplog: pytest.Log
         "max_new_tokens": 2048,
     }
     assert warnings_of(caplog, tmp_path, QWEN | known | neutral) == []
+
+
+# ---- every field of the families' classes
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_each_setting_that_transformers_writes_is_known(family, caplog):
+    """Used, of one value alone, or harmless: so a warning is about something that this family does not have."""
+    import transformers
+
+    config = getattr(transformers, CLASSES[family] + "Config")()
+    settings = {**config.to_dict(), "sliding_window": None}
+    parse_config(settings)
+    assert caplog.messages == []
+    older = transformers.PretrainedConfig().to_dict()
+    parse_config({**older, **settings})
+    assert caplog.messages == []
+
+
+def test_a_setting_that_nobody_knows_is_told_once(caplog):
+    """It may change the mathematics of a model that is nearly a Llama: no reason to refuse, nor to be silent."""
+    parse_config(TINY | {"logit_scale": 0.5, "a\x1b[31m": 1, "_private": 2, "residual_multiplier": None})
+    [line] = caplog.messages
+    assert line == "config.json: not known, and ignored: a\\x1b[31m, logit_scale"
+
+
+@pytest.mark.parametrize("key", config_json.ONLY_VALUE)
+def test_a_setting_of_which_one_value_is_supported(key):
+    only = config_json.ONLY_VALUE[key]
+    assert parse_config(TINY | {key: only}) == parse_config(TINY | {key: None}) == parse_config(TINY)
+    other = not only if isinstance(only, bool) else "another"
+    message = refusal(parse_config, TINY | {key: other})
+    assert f"{key} {other!r} is not supported, only {only!r}" in message
+
+
+def test_top_k_of_vllm(tmp_path):
+    assert loaded(tmp_path, {"do_sample": True, "top_k": -1}).sampling == Sampling(temperature=1.0, top_k=0)
+    assert "top_k" in refusal(loaded, tmp_path, {"do_sample": True, "top_k": -2})

@@ -27,11 +27,13 @@ from hub_files import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, tqdm
+from in_process import said
 
-from minihogwild import Config, LayerKind, Rope, load
+from minihogwild import Config, LayerKind, Rope, Run, generate, load
 from minihogwild.errors import allocating
 from minihogwild.hub import checkpoint
 from minihogwild.hub.loading import choose_device, fetch
+from minihogwild.prompts import Prompts
 
 
 @pytest.fixture
@@ -140,10 +142,11 @@ def test_auto_dtype_is_the_one_in_config_json(tmp_path: Path, key: str, name: st
 
 
 @pytest.mark.parametrize("silence", [{}, {"torch_dtype": None}], ids=["absent", "null"])
-def test_auto_dtype_is_float32_where_config_json_is_silent(tmp_path: Path, silence: dict):
+def test_auto_dtype_is_the_checkpoints_own_where_config_json_is_silent(tmp_path: Path, silence: dict):
     config = without(TINY, "torch_dtype") | silence
-    saved = make_tensors(config, dtype=torch.bfloat16)
-    assert load(make_folder(tmp_path, config, saved), device="cpu").dtype == torch.float32
+    for name in ("float32", "bfloat16", "float16", "float64"):
+        saved = make_tensors(config, dtype=getattr(torch, name))
+        assert load(make_folder(tmp_path / name, config, saved), device="cpu").dtype == getattr(torch, name)
 
 
 def test_an_unknown_dtype_is_refused_by_name(tiny: Path):
@@ -455,3 +458,77 @@ def test_a_hub_model_too_large_for_memory_goes_by_its_name(
     Hub(monkeypatch, snapshot)
     free_memory(monkeypatch, 1000)
     assert "tiny-model" in refusal(load, "someone/tiny-model", device="cpu")
+
+
+# ---- the tokenizer and the embedding
+
+
+def folder_with_added(tmp_path: Path, added: list[str], **config) -> Path:
+    """The tiny model, with tokens added to its tokenizer's 259."""
+    config = TINY | {"vocab_size": 259} | config
+    folder = make_folder(tmp_path, config, make_tensors(config))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(added)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_added_ids_past_the_embedding_that_nobody_feeds(tmp_path: Path):
+    """Many a Llama 2 has a [PAD] that its embedding lacks."""
+    model = load(folder_with_added(tmp_path, ["[PAD]", "[MORE]"]), device="cpu")
+    assert model.tokenizer.size == 259
+    assert len(model.tokenizer.texts) == 259
+    assert max(model.tokenizer.without_text) < 259
+    assert model.tokenizer.encode("hi") == byte_tokenizer().encode("hi").ids
+    run = Run(model, "hi", 2, max_steps=3, prompts=Prompts(together="{problem}", names=("A", "B"), boxed=False))
+    list(run)
+    assert run.forward_steps == 3
+
+
+def test_an_id_past_the_embedding_that_is_fed_is_named(tmp_path: Path):
+    folder = folder_with_added(tmp_path, ["[PAD]"])
+    (folder / "chat_template.jinja").write_text("[PAD]{{ messages[0].content }}")
+    model = load(folder, device="cpu")
+    run = Run(model, "hi", 1, max_steps=3)
+    assert "token 259 is outside the vocabulary of 259" in refusal(list, run)
+
+
+def test_ids_past_the_embedding_that_text_may_give_are_refused(tmp_path: Path):
+    message = refusal(load, folder_with_added(tmp_path, [], vocab_size=200), device="cpu")
+    assert "tokenizer.json: 259 ids, more than config.json's vocab_size 200" in message
+
+
+def test_only_a_sentencepiece_file(tmp_path: Path):
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    message = refusal(load, folder, device="cpu")
+    assert "tokenizer.json is missing: there is only tokenizer.model" in message
+
+
+# ---- the context
+
+
+def test_a_context_for_whoever_knows_better(tmp_path: Path):
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
+    assert load(folder, device="cpu").config.context == 512
+    assert load(folder, device="cpu", context=100).config.context == 100
+    assert load(folder, device="cpu", context=9000).config.context == 9000
+    mistral = TINY | {"model_type": "mistral", "sliding_window": 512}
+    folder = make_folder(tmp_path / "mistral", mistral, make_tensors(mistral))
+    load(folder, device="cpu")
+    assert "sliding-window attention is not supported: 512 tokens, of a context of 513" in refusal(
+        load, folder, device="cpu", context=513
+    )
+
+
+def test_the_option_reaches_the_run(tmp_path: Path):
+    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
+    arguments = ("a" * 60, "--model", folder, "--workers", 1, "--max-steps", 2, "--device", "cpu", "--dtype", "float32")
+    assert said(generate.main, *arguments)[0] == 0
+    code, _, err = said(generate.main, *arguments, "--context", 50)
+    assert code == 2
+    assert "too long for a context of 50" in err
+    for wrong in ("0", "-5", "many"):
+        code, _, err = said(generate.main, *arguments, "--context", wrong)
+        assert code == 2
+        assert "--context" in err

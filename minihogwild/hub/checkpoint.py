@@ -19,6 +19,8 @@ from .progress import Bar
 from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LFS_POINTER = b"version https://git-lfs"  # what such a file begins with
 
 
 # ---- which tensors there are
@@ -107,15 +109,15 @@ def empty_weights(
         return Layer(**fields)
 
     V, E = config.vocab_size, config.hidden_size
-    embed = allocate({"model.embed_tokens.weight": [V, E]})
+    embed = allocate({EMBEDDING: [V, E]})
     norm = allocate({"model.norm.weight": [E]})
     if not config.tie_word_embeddings:
-        head = allocate_matrix({"lm_head.weight": [V, E]})
+        head = allocate_matrix({HEAD: [V, E]})
     elif isinstance(
         storage, Rounded
     ):  # the head has a rounded copy: a step reads all of it, and of the embedding few rows
-        head, filled = storage.allocate({"lm_head.weight": [V, E]}, (), dtype, device)
-        places["model.embed_tokens.weight"] = both(embed, filled["lm_head.weight"])
+        head, filled = storage.allocate({HEAD: [V, E]}, (), dtype, device)
+        places[EMBEDDING] = both(embed, filled[HEAD])
     else:
         head = Dense(embed)
     layers = [allocate_layer(number, kind) for number, kind in enumerate(config.layer_kinds)]
@@ -164,7 +166,10 @@ def load_weights(
     stored = find_tensors(folder)
     # Llama 2's saved rotary frequencies are no parameters; nor is the head that a tied model shares with its embedding.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
-    shared_head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    shared_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
+    if shared_head is not None and EMBEDDING not in stored:  # of two names for one tensor, some writers keep this one
+        stored[EMBEDDING] = shared_head
+        shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
     biases = any(name.endswith("q_proj.bias") for name in stored)
@@ -204,11 +209,34 @@ def open_file(path: Path) -> list[Stored]:
     """The tensors of one safetensors file, of which its header alone has been read."""
     tensors = []
     with refusing(f"{path} cannot be read"):
+        require_weights(path)
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)
             tensors.append(Stored(name, path, file, entry.get_dtype(), entry.get_shape()))
     return tensors
+
+
+def require_weights(path: Path) -> None:
+    """Raise InputError where something else lies in a file's place that is often found there."""
+    if not path.exists():
+        pickled = sorted(other.name for other in path.parent.glob("pytorch_model*.bin"))
+        require(
+            not pickled, f"there is only {', '.join(pickled)}: convert it to safetensors, nothing is unpickled here"
+        )
+        return  # whoever opens it says that it is missing
+    require(path.is_file(), "it is not a file")
+    with path.open("rb") as file:
+        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    require(not is_pointer, "it is a pointer of Git LFS, not the weights: fetch those by `git lfs pull`")
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """The dtype of a checkpoint's embedding, by PyTorch's name; None where it has none."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    stored = find_tensors(folder)
+    embedding = stored.get(EMBEDDING) or stored.get(HEAD)
+    return None if embedding is None else names.get(embedding.dtype)
 
 
 def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
@@ -251,10 +279,14 @@ def name_some(names: set[str]) -> str:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The one file, or those that the index names: files of this folder, wherever the folder comes from."""
+    """The one file, or those that the index names: files of this folder, wherever the folder comes from.
+
+    A folder that was saved once more, in one piece, may still have the index of the pieces before.
+    """
+    whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
+    if whole.exists() or not index.exists():
+        return [whole]
     with refusing(index):
         file_of_tensor = read_json(index).get("weight_map", {})
         names = set(file_of_tensor.values())

@@ -4,7 +4,7 @@ A setting that would change the mathematics, and that is not supported, is refus
 """
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +49,11 @@ ALLOWED = {
     "head_dim": COUNT,
     "rms_norm_eps": NUMBER,
     "max_position_embeddings": LENGTH,
+    "max_sequence_length": LENGTH,
     "tie_word_embeddings": SWITCH,
     "use_sliding_window": SWITCH,
+    "sliding_window": Allowed(int, 0, 2**31),
+    "max_window_layers": Allowed(int, 0, 2**20),
     "layer_types": LIST,
     "quantization_config": OBJECT,  # for quantized.py
     # about experts
@@ -80,7 +83,7 @@ ALLOWED = {
     # generation_config.json
     "do_sample": SWITCH,
     "temperature": NUMBER,
-    "top_k": Allowed(int, 0, 2**31),
+    "top_k": Allowed(int, -1, 2**31),  # -1 is vLLM's word for all, as 0 is ours
     "top_p": NUMBER,
     "min_p": NUMBER,
 }
@@ -129,17 +132,79 @@ ONLY_VALUE = {
     "mlp_bias": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "use_mrope": False,
 }
+# These change nothing that is computed here
+HARMLESS_SETTINGS = {
+    "about training": [
+        "attention_dropout",
+        "initializer_range",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "resid_pdrop",
+        "embd_pdrop",
+        "residual_dropout",
+        "problem_type",
+        "pretraining_tp",
+    ],
+    "about what else a library gives": [
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "return_dict_in_generate",
+        "output_scores",
+        "torchscript",
+        "chunk_size_feed_forward",
+        "is_decoder",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "prefix",
+        "sep_token_id",
+        "tokenizer_class",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "pruned_heads",
+    ],
+    "about the file": ["architectures", "transformers_version", "transformers.js_config", "auto_map", "name_or_path"],
+    "special tokens, of which generation_config.json and the tokenizer tell": [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+    ],
+    "seen from the tensors": ["attention_bias", "qkv_bias", "use_qk_norm", "qk_norm"],
+    "read elsewhere": ["sliding_window", "max_window_layers", "layer_types"],
+}
+# What older files say of generation, which generation_config.json has now
+GENERATION_IN_CONFIG = [
+    "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "diversity_penalty",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "max_length", "min_length", "early_stopping", "remove_invalid_values", "max_new_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "min_new_tokens",
+    "exponential_decay_length_penalty", "epsilon_cutoff", "eta_cutoff",
+]  # fmt: skip
 
 
 @refusing("config.json")
-def parse_config(settings: dict) -> Config:
-    """Config from config.json; refuses what would change the mathematics and is not supported."""
+def parse_config(settings: dict, longest_view: int | None = None) -> Config:
+    """Config from config.json; refuses what would change the mathematics and is not supported.
+
+    `longest_view` is the context, in tokens, for whoever knows better.
+    """
     given = without_nulls(settings)
     family = given.get("model_type")
     require(family in CONTEXT_OF_FAMILY, f"model_type {family!r} is not supported ({', '.join(CONTEXT_OF_FAMILY)} are)")
-    require_only_values(settings)
-    require(not has_sliding_window(family, settings), "sliding-window attention is not supported")
+    require_only_values(given)
+    warn_of_unknown_settings(given)
     missing = [key for key in NEEDED if key not in given]
     require(not missing, f"no {', '.join(missing)}")
 
@@ -156,7 +221,7 @@ def parse_config(settings: dict) -> Config:
     if family == "qwen3_moe":
         experts = parse_experts(given)
         layer_kinds = parse_sparse_layers(given)
-    return Config(
+    config = Config(
         vocab_size=given["vocab_size"],
         hidden_size=E,
         intermediate_size=given["intermediate_size"],
@@ -170,24 +235,54 @@ def parse_config(settings: dict) -> Config:
         layer_kinds=layer_kinds,
         **experts,
     )
+    if "max_sequence_length" in given:
+        config = replace(config, longest_view=min(config.context, given["max_sequence_length"]))
+    if longest_view is not None:
+        config = replace(config, longest_view=longest_view)
+    window = smallest_window(family, settings)
+    fits = window is None or window >= config.context
+    require(fits, f"sliding-window attention is not supported: {window} tokens, of a context of {config.context}")
+    return config
 
 
-def require_only_values(settings: dict) -> None:
+def require_only_values(given: dict) -> None:
     for key, only in ONLY_VALUE.items():
-        found = settings.get(key, only)
+        found = given.get(key, only)
         require(found == only, f"{key} {found!r} is not supported, only {only!r}")
 
 
-def has_sliding_window(family: str, settings: dict) -> bool:
-    """Does any layer see the last tokens alone? `settings` with its nulls: here null is not silence."""
+def warn_of_unknown_settings(given: dict) -> None:
+    """Say once what is not known: it may change the mathematics of a model that is nearly one of ours."""
+    known = {*ALLOWED, *ONLY_VALUE, *GENERATION_IN_CONFIG}
+    for keys in HARMLESS_SETTINGS.values():
+        known.update(keys)
+    unknown = [key for key in given if key not in known and not key.startswith("_")]
+    if unknown:
+        logger.warning("config.json: not known, and ignored: %s", printable_names(unknown))
+
+
+def smallest_window(family: str, settings: dict) -> int | None:
+    """The fewest tokens that a layer sees, where any sees the last ones alone; None where none does.
+
+    As transformers' classes read `settings`, which here still have their nulls: silence means 4096 tokens, null means
+    no window.
+    """
+    window = settings.get("sliding_window", 4096) or None
+    needs_switch = family != "mistral"
+    if needs_switch and not settings.get("use_sliding_window"):
+        window = None
+    layers = settings["num_hidden_layers"]
     layer_types = settings.get("layer_types")
-    if layer_types is not None and "sliding_attention" in layer_types:
-        return True
-    needs_no_switch = family == "mistral"
-    if not needs_no_switch and not settings.get("use_sliding_window"):
-        return False
-    window = settings.get("sliding_window", 4096)  # silence means 4096 tokens, null no window
-    return window not in (None, 0)
+    if layer_types is None and window is not None and family in ("qwen2", "qwen3"):
+        first = settings.get("max_window_layers")
+        if first is None:
+            first = 28
+        layer_types = ["full_attention"] * first + ["sliding_attention"] * layers
+    if layer_types is None:
+        return window
+    if "sliding_attention" not in layer_types[:layers]:
+        return None
+    return window or 0  # some layer has one, though nothing says how long it is
 
 
 def parse_experts(given: dict) -> dict:
@@ -224,12 +319,15 @@ TRAINED_LENGTH = "original_max_position_embeddings"
 ROPE_NEEDS = {
     "default": [],
     "linear": ["factor"],
+    "dynamic": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", TRAINED_LENGTH],
     "yarn": ["factor"],
 }
 ROPE_MAY_HAVE = {
     "yarn": [TRAINED_LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"],
 }
+# What some files have beside that, and transformers ignores with a warning
+ROPE_IGNORED = {"yarn": ["attn_factor", "finetuned"]}
 
 
 def parse_rope(config: dict, context: int) -> Rope:
@@ -241,7 +339,12 @@ def parse_rope(config: dict, context: int) -> Rope:
     theta = given.pop("rope_theta", theta_beside)
     rotated_part = given.pop("partial_rotary_factor", 1.0)
     require(rotated_part == 1.0, "partial_rotary_factor is not supported, only 1.0")
+    ignored = [key for key in ROPE_IGNORED.get(rope_type, []) if given.pop(key, None) is not None]
+    if ignored:
+        logger.warning("config.json: rope type %r: not known, and ignored: %s", rope_type, printable_names(ignored))
     require_rope_keys(rope_type, given)
+    if rope_type == "dynamic":  # differs only past the context, where keys would have to be rotated anew
+        return Rope("default", theta)
     if rope_type == "llama3":
         low, high = given["low_freq_factor"], given["high_freq_factor"]
         require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
@@ -262,11 +365,17 @@ def require_rope_keys(rope_type: str, given: dict) -> None:
 
 
 def rope_settings(config: dict) -> dict:
-    """`rope_parameters`, or where that is absent or empty the older `rope_scaling`."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if config.get(key):
-            return config[key]
-    return {}
+    """`rope_scaling`, or where that is absent or empty the newer `rope_parameters`.
+
+    So does transformers. A file that it wrote with the newer key gets the older one by hand, to stretch the context.
+    """
+    older, newer = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    if not older:
+        return newer
+    theta = newer.get("rope_theta")
+    says_theta = "rope_theta" in older or "rope_theta" in config or theta is None
+    require(says_theta, f"rope_scaling lacks the rope_theta {theta} that rope_parameters has beside it")
+    return older
 
 
 # ---- generation_config.json
@@ -298,6 +407,8 @@ def read_generation_defaults(folder: Path, config: dict) -> tuple[Sampling, froz
     sampling = Sampling()  # greedy
     if given.get("do_sample"):
         chosen = {key: given[key] for key in SAMPLING_KEYS if key in given}
+        if chosen.get("top_k") == -1:
+            chosen["top_k"] = 0
         sampling = Sampling(**{"temperature": 1.0, **chosen})
     eos_of_config = config.get("eos_token_id")
     eos = given.get("eos_token_id", eos_of_config)
@@ -311,9 +422,12 @@ def warn_of_what_is_lacking(given: dict) -> None:
         if not is_known and value not in NEUTRAL_VALUES:
             lacking.append(key)
     if lacking:
-        names = ", ".join(sorted(lacking))
-        printable = names.encode("unicode_escape").decode("ascii")  # a terminal might obey what a stranger wrote
-        logger.warning("generation_config.json: not supported, and ignored: %s", printable)
+        logger.warning("generation_config.json: not supported, and ignored: %s", printable_names(lacking))
+
+
+def printable_names(names: list[str]) -> str:
+    """In order, on one line; a terminal might obey what a stranger wrote."""
+    return ", ".join(sorted(names)).encode("unicode_escape").decode("ascii")
 
 
 def parse_eos(eos: object) -> frozenset[int]:

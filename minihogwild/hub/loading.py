@@ -11,7 +11,7 @@ from ..errors import refusing, require
 from ..files import read_json
 from ..sampling import Sampling
 from ..weights import Weights
-from .checkpoint import load_weights
+from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
 from .progress import Bar, close_bars
 from .quantized import format_of
@@ -64,12 +64,14 @@ def load(
     folder: Path | None = None,
     with_tokenizer: bool = True,
     quantize: int | None = None,
+    context: int | None = None,
 ) -> Model:
     """Load a model from a local folder, or else from the hub repository of that name.
 
     `dtype` auto is config.json's (on a CPU, with 8 or 4 bits, bfloat16 for float16); `device` auto is cuda, else mps,
     else cpu. `folder` is what `fetch(name)` gave, for whoever has asked for it before. Without its tokenizer, a folder
     needs config.json and weights alone. `quantize` (8 or 4) rounds the matrices of a plain checkpoint to so many bits.
+    `context` is how many tokens a view may hold, for whoever knows better than config.json.
     Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
     without our support.
     """
@@ -77,12 +79,12 @@ def load(
     if folder is None:
         folder = fetch(str(name))
     settings = read_json(folder / "config.json")
-    config = parse_config(settings)
+    config = parse_config(settings, context)
     format = format_of(settings)
-    has_fewer_bits = format is not None or quantize is not None
-    if dtype == "auto" and has_fewer_bits and device.type == "cpu":
-        dtype = dtype_for_cpu(settings)
-    dtype = choose_dtype(dtype, settings)
+    if dtype == "auto":
+        has_fewer_bits = format is not None or quantize is not None
+        dtype = dtype_of(settings, folder, has_fewer_bits and device.type == "cpu")
+    dtype = choose_dtype(dtype)
     tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
     sampling, eos = read_generation_defaults(folder, settings)
     weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
@@ -107,33 +109,43 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype, settings: dict) -> torch.dtype:
-    """The dtype of that name; "auto" is the one in config.json's `settings`."""
-    if dtype == "auto":
-        dtype = dtype_in(settings)
+def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of that name."""
     chosen = DTYPES.get(dtype, dtype)
     require(chosen in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     return chosen
 
 
-def dtype_for_cpu(settings: dict) -> str:
-    """config.json's; but PyTorch's products with 8 and 4 bits are fast with bfloat16, and not with float16."""
+def dtype_of(settings: dict, folder: Path | None, few_bits_on_cpu: bool = False) -> str:
+    """What config.json says; else the checkpoint's own.
+
+    But PyTorch's products with 8 and 4 bits on a CPU are fast with bfloat16, and not with float16.
+    """
     dtype = dtype_in(settings)
-    return "bfloat16" if dtype == "float16" else dtype
+    if dtype is None and folder is not None:
+        dtype = stored_dtype(folder)
+    if few_bits_on_cpu and dtype == "float16":
+        return "bfloat16"
+    return dtype or "float32"
 
 
-def dtype_in(settings: dict) -> str:
+def dtype_in(settings: dict) -> str | None:
     for key in ("dtype", "torch_dtype"):  # as transformers writes it today, and as it did
         if settings.get(key):
             return settings[key]
-    return "float32"
+    return None
 
 
 def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
-    tokenizer = Tokenizer(folder)
-    count, limit = tokenizer.size, config.vocab_size
+    """The folder's tokenizer. It may know a few ids past the embedding, such as a [PAD] that nobody feeds."""
     path = folder / "tokenizer.json"
-    require(count <= limit, f"{path}: {count} ids, more than config.json's vocab_size {limit}")
+    other = folder / "tokenizer.model"
+    only_other = other.exists() and not path.exists()
+    require(not only_other, f"{path} is missing: there is only tokenizer.model, which transformers can convert")
+    tokenizer = Tokenizer(folder)
+    V = config.vocab_size
+    require(tokenizer.last_of_model < V, f"{path}: {tokenizer.size} ids, more than config.json's vocab_size {V}")
+    tokenizer.size = min(tokenizer.size, V)
     return tokenizer
 
 

@@ -46,6 +46,8 @@ class Tokenizer:
             self.reads_text.encode_special_tokens = True  # as text, that is
             self.reads_control = tokenizers.Tokenizer.from_str(json.dumps(data))
         self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
+        model_ids = self.reads_text.get_vocab(with_added_tokens=False).values()
+        self.last_of_model = max(model_ids, default=-1)  # the last id that is not an added token's
         self.special_tokens, self.template = read_chat_template(folder)
         self.rendered: dict[str, list[str]] = {}  # by prompt: see `render_ahead`
 
