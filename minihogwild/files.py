@@ -2,6 +2,8 @@
 
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ def read_json(path: Path) -> dict:
     with refusing(f"{path} cannot be read"):
         # A missing file is left to `read_text`, which says so; a pipe or a device would wait for ever.
         require(path.is_file() or not path.exists(), "it is not a file")
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8-sig"))  # editors of Windows put a mark before the text
     require(isinstance(data, dict), f"{path}: must hold a JSON object, not a {type(data).__name__}")
     return data
 
@@ -23,12 +25,40 @@ def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:
 
     Asked before the work begins: afterwards it would be lost.
     """
-    target = Path(os.path.realpath(path))
-    folder_takes_files = os.access(f"{target.parent}/", os.W_OK)
-    file_or_nothing = target.is_file() or not os.path.lexists(target)
-    require(folder_takes_files and file_or_nothing, f"{option} {path}: no file can be written there")
-    others = [Path(os.path.realpath(other)) for other in taken]
-    require(target not in others, f"{option} {path}: this command reads or writes that file already")
+    if is_stream(path):
+        writable = os.access(path, os.W_OK)
+    else:
+        folder_takes_files = os.access(f"{target_of(path).parent}/", os.W_OK)
+        writable = folder_takes_files and is_file_or_nothing(target_of(path))
+    require(writable, f"{option} {path}: no file can be written there")
+    others = [target_of(other) for other in taken]
+    require(target_of(path) not in others, f"{option} {path}: this command reads or writes that file already")
+
+
+def target_of(path: Path) -> Path:
+    """The file itself, where `path` is a link to it."""
+    return Path(os.path.realpath(path))
+
+
+def is_stream(path: Path) -> bool:
+    """Is it written to as it comes, and never replaced: a pipe, a device, /dev/stdout, a shell's >(command)?"""
+    if str(path).startswith(("/dev/", "/proc/")):
+        return os.path.exists(path)
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISCHR(kind) or stat.S_ISSOCK(kind)
+
+
+def is_file_or_nothing(path: Path) -> bool:
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return True
+    except OSError:  # the name is too long, say
+        return False
+    return stat.S_ISREG(kind)
 
 
 def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) -> None:
@@ -40,13 +70,33 @@ def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) 
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was."""
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(target.name + ".part")
+    """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was.
+
+    What is a pipe or a device gets the chunks as they come.
+    """
+    if is_stream(path):
+        with path.open("ab") as file:
+            for chunk in chunks:
+                file.write(chunk)
+        return
+    target = target_of(path)
+    number, name = tempfile.mkstemp(".part", ".minihogwild-", target.parent)  # a name that nothing has
+    os.close(number)
+    beside = Path(name)
     try:
         with beside.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
+        beside.chmod(mode_of(target))
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def mode_of(path: Path) -> int:
+    """Who may read and write the file; of one that is not there, what a new file gets."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)  # it cannot be read without being set
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -37,6 +37,8 @@ from .replay import digest, schedule_json
 from .show.lines import Lines, report
 from .workers import Run, drive
 
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def arguments() -> Parser:
     parser = Parser("minihogwild", description="Several workers, one language model, one shared attention cache.")
@@ -148,7 +150,9 @@ def read_standard_input(wait_for_typing: bool) -> str:
         return ""
     if sys.stdin.isatty() and not wait_for_typing:
         return ""
-    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    # What editors and shells put around a text is no part of it, and a newline is one character.
+    return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").rstrip("\n")
 
 
 # ---- the run

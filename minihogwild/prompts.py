@@ -83,6 +83,14 @@ The problem:
             elif kind is tuple:
                 for text in value:
                     require_text(text, field.name)
+        require(self.names, "names must hold at least one")
+        for field, known in FIELDS.items():
+            texts = self.roles if field == "roles" else [getattr(self, field)]
+            for text in texts:
+                require_known_fields(text, field, known)
+        for field in ("together", "alone"):
+            says_problem = "{problem}" in getattr(self, field)
+            require(says_problem, f"{field} must contain {{problem}}: else workers are never told what to do")
         names_are_lines = all(name and name.isprintable() for name in self.names)
         names_differ = names_are_lines and len(set(self.names)) == len(self.names)
         require(names_differ, f"names must be lines of text that differ, not {list(self.names)}")
@@ -96,6 +104,24 @@ The problem:
         unknown = [name for name in self.unaware if name not in self.names]
         require(not unknown, f"unaware: {unknown} are not among the names")
         require(len(self.roles) <= len(self.names), f"{len(self.roles)} roles, but only {len(self.names)} names")
+
+
+# What is filled in, in which words
+FIELDS = {
+    "together": ["problem", "n", "names", "first"],
+    "alone": ["problem", "n", "names", "first"],
+    "prefix": ["name", "number"],
+    "roles": ["name", "problem"],
+}
+# A word in braces that stands by itself, and is no part of a formula, such as \\boxed{answer} or x_{max}
+WORD_IN_BRACES = re.compile(r"(?<![\\\w^_}\])])\{([a-z_]{2,})\}")
+
+
+def require_known_fields(text: str, name: str, known: list[str]) -> None:
+    """Raise InputError for `{prompt}` and the like: it would stay as it is, and the model would read it."""
+    for word in WORD_IN_BRACES.findall(text):
+        fields_spelled = ", ".join(f"{{{field}}}" for field in known)
+        require(word in known, f"{name}: {{{word}}} is not filled in, only {fields_spelled} are")
 
 
 def require_text(value: object, name: str) -> None:

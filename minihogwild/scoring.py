@@ -39,7 +39,7 @@ class Problem:
 def read_problems(path: Path) -> list[Problem]:
     """All problems of a file. Raises InputError with the number of the line that is wrong."""
     with refusing(f"{path} cannot be read"):
-        lines = path.read_text("utf-8").split("\n")  # nothing else ends a line of JSON
+        lines = path.read_text("utf-8-sig").split("\n")  # nothing else ends a line of JSON
     problems = []
     for number, line in enumerate(lines, 1):
         if line.strip():

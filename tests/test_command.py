@@ -195,6 +195,20 @@ def test_a_models_own_problem_where_nothing_is_asked(folder, command, tmp_path):
     assert command("Who?", *options)[1].startswith("Alice")
 
 
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", "\ufeff{}", "\ufeff{}\n\n"], ids=ascii)
+def test_what_editors_and_shells_put_around_a_text_is_no_part_of_it(command, tmp_path, around):
+    def prompt_tokens(argument: str, stdin: str | None) -> int:
+        path = tmp_path / "o.json"
+        stdin = b"" if stdin is None else stdin.encode()
+        assert command(argument, "--max-steps", 1, "--json", path, stdin=stdin)[0] == 0
+        return json.loads(path.read_text())["prompt_tokens"]
+
+    alone = prompt_tokens("Two\nlines?", None)
+    assert prompt_tokens("-", around.format("Two\nlines?")) == alone
+    assert prompt_tokens("-", around.format("Two\r\nlines?")) == alone
+    assert prompt_tokens("-", around.format(" Two\nlines?")) == alone + 1  # spaces are text
+
+
 def test_a_prompt_from_everywhere(command, tmp_path):
     results = {}
     words = "How much is 2 + 3, in 日本語?"
@@ -372,18 +386,60 @@ def test_a_full_disk_leaves_the_older_file(command, tmp_path, option):
     assert os.listdir(tmp_path) == ["result.json"]  # nothing half-written either
 
 
-def test_a_pipe_is_refused_not_replaced(command, tmp_path):
+def test_a_pipe_is_written_to_and_stays_one(command, tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         code, _, err = command("How?", "--max-steps", 1, "--json", path)
-        assert "Traceback" not in err
+        assert code == 0, err
+        assert json.loads(os.read(reader, 2**20))["forward_steps"] == 1
         assert stat.S_ISFIFO(path.lstat().st_mode)
-        assert code == 2
-        assert_one_line(err, "minihogwild", str(path))
     finally:
         os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "where", ["/dev/stdout | cat", "/dev/stdout > out.txt; cat out.txt", ">(cat; sleep 0.1) | cat"]
+)
+def test_a_result_for_the_next_program(folder, tmp_path, where):
+    """A pipe of the shell's, also by its number; standard output, also where that is a file."""
+    line = f"{sys.executable} -m minihogwild.generate How? --model {folder} --max-steps 20 --device cpu --json {where}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '"forward_steps": 20' in done.stdout
+    assert done.stdout.startswith("Alice")  # its text comes first, and is still there
+
+
+def test_a_file_of_the_users_beside_is_left_alone(command, tmp_path):
+    path, beside = tmp_path / "o.json", tmp_path / "o.json.part"
+    beside.write_text("mine")
+    path.write_text("older")
+    path.chmod(0o640)
+    assert command("How?", "--max-steps", 1, "--json", path)[0] == 0
+    assert beside.read_text() == "mine"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640  # who may read it, still may
+    mask = os.umask(0o027)
+    try:
+        command("How?", "--max-steps", 1, "--json", tmp_path / "new.json")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "new.json").stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["new.json", "o.json", "o.json.part"]
+
+
+@pytest.mark.parametrize("length", [250, 251, 255, 256])
+def test_long_names(command, tmp_path, length):
+    """As long as a name may be; a longer one is refused before the run."""
+    path = tmp_path / ("n" * length)
+    code, out, err = command("How?", "--max-steps", 1, "--json", path)
+    if length <= 255:
+        assert code == 0
+        assert path.exists()
+    else:
+        assert (code, out) == (2, "")
+        assert "no file can be written there" in err
+        assert "forward steps" not in err
 
 
 # ---- what cannot be done

@@ -35,7 +35,18 @@ def test_one_workers_text_is_printed_as_it_comes(capsys):
 
 def test_several_workers_print_whole_lines_with_their_names(capsys):
     events = [text("Alice", "a = "), text("Bob", "b\n\n  c"), text("Alice", "1\n"), text("Bob", "d")]
-    assert shown(capsys, ["Alice", "Bob"], *events) == "Bob: b\nAlice: a = 1\nBob: cd\n"
+    assert shown(capsys, ["Alice", "Bob"], *events) == "Bob: b\nAlice: a = 1\nBob:\nBob:   cd\n"
+
+
+def test_code_keeps_its_shape(capsys):
+    code = " ```python\n\ndef f(x):\n    if x:\n\n\n        return 1  \n    return 0\n```\n\n"
+    lines = ["```python", "", "def f(x):", "    if x:", "", "", "        return 1", "    return 0", "```"]
+    expected = "".join(f"Alice: {line}\n" if line else "Alice:\n" for line in lines)
+    pieces = [text("Alice", character) for character in code]
+    assert (
+        shown(capsys, ["Alice", "Bob"], *pieces, begin("Alice"), text("Alice", "\n  next"))
+        == expected + "Alice: next\n"
+    )
 
 
 @pytest.mark.parametrize("event", [begin("Alice"), {"do": "retire", "worker": "Alice"}])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hub_files import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_profile import examples
@@ -581,3 +582,58 @@ def test_the_words_of_the_examples_can_be_read(file):
     words = load_prompts(file)
     assert "{problem}" in words.together
     assert words != Prompts()
+
+
+# ---- words that would never reach a model, or reach it as they are spelled
+
+
+@pytest.mark.parametrize("field", ["together", "alone"])
+@pytest.mark.parametrize("words", ["Solve it together.", "", "{Problem}", "{ problem }"])
+def test_words_without_the_problem_are_refused(field, words):
+    message = refusal(Prompts, **{field: words})
+    assert f"{field} must contain {{problem}}" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "words", "unknown"),
+    [
+        ("together", "{problem} for {workers}", "workers"),
+        ("together", "Solve together: {prompt}", "prompt"),
+        ("alone", "{question} {problem}", "question"),
+        ("alone", "{problem} {name}", "name"),
+        ("prefix", "{worker}:", "worker"),
+        ("prefix", "{names} {number}:", "names"),
+        ("roles", ("You are {name}.", "You are {names}."), "names"),
+    ],
+)
+def test_an_unknown_field_in_braces_is_named(field, words, unknown):
+    message = refusal(Prompts, **{field: words})
+    assert f"{field}: {{{unknown}}} is not filled in, only {{" in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        r"\boxed{answer}",
+        r"\text{one two}",
+        "x_{max} + y^{min}",
+        r"\frac{ab}{cd}",
+        "{x}",
+        "{}",
+        "{A, B}",
+        r"\{set\}",
+        "{1, 2}",
+    ],
+)
+def test_braces_of_formulas_stay(words):
+    assert Prompts(together=words + " {problem}").together.startswith(words)
+
+
+def test_no_names_at_all():
+    assert refusal(Prompts, names=()).endswith("names must hold at least one")
+
+
+def test_a_prompts_file_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"together": "{problem}!"}).encode())
+    assert load_prompts(path).together == "{problem}!"

@@ -15,6 +15,8 @@ class Lines:
     def __init__(self, names: list[str]):
         self.names = names  # of the workers
         self.unfinished = dict.fromkeys(names, "")  # the line that each writer is at, as far as it has come
+        # Of writers who are within a paragraph: blank lines since their last line that was not
+        self.blank_lines: dict[str, int] = {}
 
     def __enter__(self) -> "Lines":
         return self
@@ -42,11 +44,22 @@ class Lines:
             self.print_line(name, line)
 
     def end_line(self, name: str) -> None:
+        """End the writer's line and paragraph: what follows begins a new one."""
         self.write(name, "\n")
+        self.blank_lines.pop(name, None)
 
     def print_line(self, name: str, line: str) -> None:
-        if line.strip():
-            print(f"{name}: {line.strip()}", flush=True)
+        """A paragraph keeps its shape, since it may be code: indentation and blank lines, but none around it."""
+        is_first = name not in self.blank_lines
+        if not line.strip():
+            if not is_first:
+                self.blank_lines[name] += 1
+            return
+        for _ in range(self.blank_lines.get(name, 0)):
+            print(f"{name}:")
+        shape = line.strip() if is_first else line.rstrip()
+        print(f"{name}: {shape}", flush=True)
+        self.blank_lines[name] = 0
 
 
 def report(run: Run, pace: float, seconds: float) -> None:
