@@ -263,8 +263,8 @@ class Run:
             banned.update(token for token in self.model.eos if token in vocabulary)  # a folder may name any number
             banned.update(tokenizer.without_text)
             banned.update(vocabulary[tokenizer.size :])  # many a vocabulary is padded
-            if END_OF_THINK in tokenizer.control:
-                banned.add(tokenizer.control[END_OF_THINK])
+            if END_OF_THINK in tokenizer.added:
+                banned.add(tokenizer.added[END_OF_THINK])
         if self.words.banned:
             for token, text in enumerate(tokenizer.texts):
                 if any(part in text for part in self.words.banned):

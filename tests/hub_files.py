@@ -230,6 +230,7 @@ BOS = "<|begin_of_text|>"
 HIDDEN = [BOS, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
 SHOWN = ["<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"]  # added, but not special: as Qwen3 and R1 have them
 CONTROL = HIDDEN + SHOWN
+WRITES_ALL = "{# " + " ".join(SHOWN) + " #}{{ messages[0].content }}"  # a template that makes control tokens of SHOWN
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"

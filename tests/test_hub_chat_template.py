@@ -288,7 +288,7 @@ def test_typed_control_tokens_give_no_control_in_any_template(prompt: str, templ
 )
 def test_a_control_token_that_comes_about_in_the_template_is_refused(tmp_path: Path, template: str, prompt: str):
     tokenizer = build("smollm")
-    tokenizer.add_tokens([AddedToken("☃", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken("☃", normalized=False)])
     ours = Tokenizer(save(tmp_path, tokenizer, template))
     assert "control tokens" in refusal(ours.chat, prompt)
     ours.chat("hello")

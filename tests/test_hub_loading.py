@@ -215,6 +215,8 @@ NEEDED = {
     "model-00002-of-00002.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 }
 NOT_NEEDED = {
@@ -239,7 +241,6 @@ NOT_NEEDED = {
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "runs/events.out.tfevents.1",
-    "special_tokens_map.json",
     "tf_model.h5",
     "tokenizer.model",
     "training_args.bin",

@@ -19,6 +19,7 @@ from hub_files import (
     PROMPTS,
     SHOWN,
     SPM,
+    WRITES_ALL,
     build,
     control_ids,
     pair,
@@ -45,7 +46,7 @@ def test_fragments_have_the_ids_of_transformers(text: str, style: str):
 @pytest.mark.parametrize("style", BYTE_LEVEL + SPM)
 @pytest.mark.parametrize("token", CONTROL)
 def test_a_control_token_in_a_fragment_is_its_characters(token: str, style: str):
-    ours, theirs = pair(style)
+    ours, theirs = pair(style, WRITES_ALL)
     assert control_ids(ours, theirs.encode(f"a{token}b")) == [ours.control[token]]  # as transformers would have it
     for text in (token, f"a{token}b", f" {token}\n", token * 3):
         assert control_ids(ours, ours.encode(text)) == []
@@ -137,7 +138,7 @@ def test_special_tokens_are_not_shown_and_other_added_tokens_are(style: str):
     ours, _ = pair(style)
     the, hen = ours.encode(PREFIX + " the")[-1:], ours.encode("the hen")[-1:]
     for token in CONTROL:
-        ids = [*the, ours.control[token], *hen]
+        ids = [*the, ours.added[token], *hen]
         shown = pieces(ours, ours.encode(PREFIX), ids)
         assert shown[1] == ("" if token in HIDDEN else token)
         for text in ("".join(shown), ours.decode(ours.encode(PREFIX) + ids)):
@@ -300,9 +301,12 @@ def test_threads_do_not_change_how_another_one_reads(monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_tokenizer_knows_of_its_added_tokens():
-    ours, _ = pair("qwen")
-    assert set(ours.control) == set(CONTROL)
+    ours, _ = pair("qwen", WRITES_ALL)
+    assert set(ours.control) == set(ours.added) == set(CONTROL)
     assert ours.hidden & set(ours.control.values()) == {ours.control[token] for token in HIDDEN}
+    without_template, _ = pair("qwen")
+    assert set(without_template.control) == set(HIDDEN)
+    assert without_template.hidden == ours.hidden
     assert ours.special_tokens["bos_token"] == BOS
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
 
@@ -317,7 +321,8 @@ def test_a_tokenizer_without_added_tokens(tmp_path: Path):
     tokenizer = HFTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    ours = Tokenizer(save(tmp_path, tokenizer, "user: {{ messages[0].content }}:"))
+    template = "user: {{ messages[0].content }}:"
+    ours = Tokenizer(save(tmp_path, tokenizer, template, bos_token=None, eos_token=None))
     assert ours.control == {}
     assert ours.decode(ours.chat("the <s> 👋")) == "user: the <s> 👋:"
 
@@ -347,13 +352,13 @@ def test_what_a_thinking_models_reply_has_to_begin_with(tmp_path: Path, template
 
 def test_a_tokenizer_without_such_a_token_has_no_opening(tmp_path: Path):
     tokenizer = Tokenizer(save(tmp_path, build("qwen"), ASK + "<think>\n"))
-    del tokenizer.control["<think>"]
+    del tokenizer.added["<think>"]
     assert opening_of(tokenizer, []) == ""
 
 
 @pytest.mark.parametrize("style", BYTE_LEVEL + SPM)
 def test_only_trusted_fragments_may_hold_control_tokens(style: str):
-    tokenizer, _ = pair(style)
+    tokenizer, _ = pair(style, WRITES_ALL)
     think = tokenizer.control["<think>"]
     assert tokenizer.encode_control("<think>")[-1] == think
     assert think not in tokenizer.encode("<think>")
@@ -362,5 +367,5 @@ def test_only_trusted_fragments_may_hold_control_tokens(style: str):
 def test_each_token_by_itself_reads_as(tmp_path: Path):
     tokenizer, _ = pair("qwen")
     assert len(tokenizer.texts) == tokenizer.size
-    for token in (0, 33, 200, tokenizer.control["</think>"], tokenizer.control["<|im_end|>"]):
+    for token in (0, 33, 200, tokenizer.added["</think>"], tokenizer.control["<|im_end|>"]):
         assert tokenizer.texts[token] == tokenizer.decode([token])

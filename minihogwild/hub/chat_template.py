@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import InputError, refusing
+from ..errors import InputError, refusing, require
 from ..files import read_json
 
 PROGRAM = Path(__file__).with_name("render_template.py")
@@ -45,33 +45,25 @@ def render_chat(template: str, special_tokens: dict[str, str], prompts: list[str
     return json.loads(done.stdout)
 
 
-def read_chat_template(folder: Path) -> tuple[dict[str, str], str | None]:
-    """(special tokens by name, such as `bos_token`; the chat template or None), as the folder gives them."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
-    with refusing(f"{path}: chat_template is neither text nor a list of texts by name"):
-        template = default_template(settings.get("chat_template"))
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template, as the folder gives it; None where it has none."""
     own_file = folder / "chat_template.jinja"
     if own_file.exists():
         with refusing(f"{own_file} cannot be read"):
-            template = own_file.read_text("utf-8")
-    return special_tokens_in(settings), template
+            return own_file.read_text("utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    with refusing(f"{path}: chat_template"):
+        return default_template(settings.get("chat_template"))
 
 
-def default_template(value: object) -> object:
-    """Of a list of templates the default one. A value that is no text at all is refused when it is rendered."""
-    if not isinstance(value, list):
+def default_template(value: object) -> str | None:
+    """Of several templates, by name or as a list of such, the default one."""
+    if value is None or isinstance(value, str):
         return value
-    by_name = {entry["name"]: entry["template"] for entry in value}
-    return by_name.get("default")
-
-
-def special_tokens_in(settings: dict) -> dict[str, str]:
-    """Those that tokenizer_config.json names: each as its text, or as an object with the text as `content`."""
-    special_tokens = {}
-    for name, value in settings.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        is_named = isinstance(text, str) and text != ""
-        if name.endswith("_token") and is_named:
-            special_tokens[name] = text
-    return special_tokens
+    with refusing("it is neither a text nor texts by name"):
+        by_name = value if isinstance(value, dict) else {entry["name"]: entry["template"] for entry in value}
+        names = ", ".join(sorted(by_name))
+    require("default" in by_name, f"of several ({names}), none is called default")
+    require(isinstance(by_name["default"], str), f"the default one must be a text, not {by_name['default']!r}")
+    return by_name["default"]

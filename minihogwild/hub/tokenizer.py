@@ -14,46 +14,60 @@ import tokenizers
 
 from ..errors import refusing, require
 from ..files import read_json
+from .added_tokens import read_added_tokens, require_ids, with_ids
 from .chat_template import read_chat_template, render_chat
 
-HARMLESS = "a harmless prompt"  # with which a template writes only its own control tokens
+NEUTRAL = "·x0-+=~^"  # one of these begins no control token
+THINK, END_OF_THINK = "<think>", "</think>"
+VARIANTS = 3  # of a conversation: see `_render`
 
 
 class Tokenizer:
     """A folder's tokenizer.json, and its chat template if it has one (else `template` is None).
 
-    Several threads may use one.
+    Control tokens are those that are marked special, and others that the chat template itself writes, such as
+    `<think>`. Several threads may use one.
     """
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         data = read_json(path)
+        self.template = read_chat_template(folder)
         with refusing(f"{path} cannot be read"):
-            self.control: dict[str, int] = {}  # the ids of control tokens, by their text
-            self.hidden: set[int] = set()  # the ids of special tokens, which decoded text does not show
-            for token in control_tokens(data):
-                self.control[token["content"]] = token["id"]
-                if token["special"]:
-                    self.hidden.add(token["id"])
-                # Only special tokens can be read as plain text, but some checkpoints mark `<think>` or even `<|User|>`
-                # as ordinary added tokens.
-                token["special"] = True
+            added, self.special_tokens = read_added_tokens(folder, data)
             data["truncation"] = None
             data["padding"] = None
+            if any(token["id"] is None for token in added):
+                added = with_ids(added, self._build(data, [token for token in added if token["id"] is not None]))
+            self.added: dict[str, int] = {token["content"]: token["id"] for token in added}
+            self.control: dict[str, int] = {}  # the ids of control tokens, by their text
+            self.hidden: set[int] = set()  # the ids of special tokens, which decoded text does not show
+            for token in added:
+                if token["special"]:
+                    self.hidden.add(token["id"])
+                if is_control(token, self.template):
+                    self.control[token["content"]] = token["id"]
+                    token["special"] = True  # only special tokens can be read as plain text
             # How control tokens are read is a setting of a whole tokenizer. If it were changed for each text, then
             # another thread's text might be read in the wrong way. So there are two tokenizers.
-            self.reads_text = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self.reads_text = self._build(data, added)
             self.reads_text.encode_special_tokens = True  # as text, that is
-            self.reads_control = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self.reads_control = self._build(data, added)
+            require_ids(added, self.reads_control)
         self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
         model_ids = self.reads_text.get_vocab(with_added_tokens=False).values()
         self.last_of_model = max(model_ids, default=-1)  # the last id that is not an added token's
-        self.special_tokens, self.template = read_chat_template(folder)
         self.rendered: dict[str, list[str]] = {}  # by prompt: see `render_ahead`
 
-        self.mark = secrets.token_hex(16)  # stands in no text: see `chat`
+        # A mark stands in no text: see `chat`. Where ids are missing, the library would give it one of those.
+        self.mark = secrets.token_hex(16)
         self.reads_control.add_tokens([tokenizers.AddedToken(self.mark, normalized=False)])
         self.mark_id = self.reads_control.token_to_id(self.mark)
+        require(self.mark_id >= self.size, f"{path}: ids are missing below {self.size}: {self.mark_id} is one")
+
+    @staticmethod
+    def _build(data: dict, added: list[dict]) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
 
     def encode(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
@@ -69,28 +83,35 @@ class Tokenizer:
     def chat(self, prompt: str) -> list[int]:
         """Token ids of a conversation that opens with `prompt` and asks for the reply.
 
-        Without a chat template: the text as it is. Raises InputError where the template fails, or where with this
-        prompt it gives other control tokens than with any.
+        Without a chat template: the text as it is. Raises InputError where the template fails, or where it makes
+        control tokens of what the user typed.
         """
         if self.template is None:
             return self.encode(prompt, whole=True)
-        text, harmless_text = self.rendered.get(prompt) or self._render([prompt])
+        text, *neutral_texts = self.rendered.get(prompt) or self._render([prompt])
         ids = encode_with(self.reads_control, text)
-        harmless_ids = encode_with(self.reads_control, harmless_text)
-        same = self._control_ids_in(ids) == self._control_ids_in(harmless_ids)
+        control = self._control_ids_in(ids)
+        same = any(control == self._control_ids_in(encode_with(self.reads_control, other)) for other in neutral_texts)
         require(same, "the prompt would bring control tokens of its own into the chat")
         return [token for token in ids if token != self.mark_id]
 
     def render_ahead(self, prompts: list[str]) -> None:
         """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
         if self.template is not None:
-            *texts, harmless_text = self._render(prompts)
-            self.rendered = {prompt: [text, harmless_text] for prompt, text in zip(prompts, texts)}
+            texts = self._render(prompts)
+            self.rendered = {prompt: texts[VARIANTS * n : VARIANTS * (n + 1)] for n, prompt in enumerate(prompts)}
 
     def _render(self, prompts: list[str]) -> list[str]:
-        """The conversations of these prompts, and of one that has no control tokens for certain."""
-        broken = [self._break_control_tokens(prompt) for prompt in prompts]
-        return render_chat(self.template, self.special_tokens, [*broken, HARMLESS])
+        """For each prompt its conversation, and two in which no part of it can become part of a control token.
+
+        A template may look for words of the user's, such as `/no_think`, and write other control tokens then. It does
+        so in those two as well, or at least in one: they are marked at the prompt's beginning, and at its end.
+        """
+        variants = []
+        for prompt in prompts:
+            neutral = self._without_beginnings(prompt)
+            variants += [self._break_control_tokens(prompt), self.mark + neutral, neutral + self.mark]
+        return render_chat(self.template, self.special_tokens, variants)
 
     def _break_control_tokens(self, prompt: str) -> str:
         """The prompt with a mark inside each control token that the user typed.
@@ -107,6 +128,12 @@ class Tokenizer:
 
         any_control_token = "|".join(re.escape(text) for text in self.control)
         return re.sub(any_control_token, break_token, prompt)
+
+    def _without_beginnings(self, prompt: str) -> str:
+        """The prompt with another character in the place of each with which a control token begins."""
+        beginnings = {text[0] for text in self.control}
+        other = next(character for character in NEUTRAL if character not in beginnings)
+        return "".join(other if character in beginnings else character for character in prompt)
 
     def _control_ids_in(self, ids: list[int]) -> list[int]:
         control_ids = set(self.control.values())
@@ -141,12 +168,20 @@ class Tokenizer:
         return token not in self.hidden and self.name_of(token) is not None
 
 
-def control_tokens(data: dict) -> list[dict]:
-    """The tokens that tokenizer.json adds to its model's; but for runs of spaces, which some tokenizers add too."""
-    added = data.get("added_tokens")
-    if added is None:
-        return []
-    return [token for token in added if token["content"].strip() != ""]
+def is_control(token: dict, template: str | None) -> bool:
+    """Is an added token marked special, or else written by the template, as `<think>` or `<|User|>` in many?
+
+    A mere word is no control token, also where a template holds it; nor are runs of spaces, which some tokenizers add.
+    """
+    text = token["content"]
+    if not text.strip():
+        return False
+    if template is None:
+        return token["special"]
+    is_word = text.strip().isalnum()
+    is_written = text in template and not is_word
+    opens_or_ends_thoughts = text in (THINK, END_OF_THINK) and "think>" in template
+    return token["special"] or is_written or opens_or_ends_thoughts
 
 
 def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
@@ -156,20 +191,18 @@ def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False)
 
 # ---- models that think before they answer
 
-THINK, END_OF_THINK = "<think>", "</think>"
-
 
 def opening_of(tokenizer: Tokenizer, chat: list[int]) -> str:
     """What must be added to a chat's ids so that the reply begins as that of a model that thinks first; "" for others.
 
     Such a model has the token `<think>`, and a template that speaks of it. Many templates end with it already.
     """
-    thinks = THINK in tokenizer.control and "think>" in (tokenizer.template or "")
+    thinks = THINK in tokenizer.added and "think>" in (tokenizer.template or "")
     if not thinks:
         return ""
-    marks = [tokenizer.control.get(THINK), tokenizer.control.get(END_OF_THINK)]
+    marks = [tokenizer.added.get(THINK), tokenizer.added.get(END_OF_THINK)]
     found = [token for token in chat if token in marks]
-    is_open = found != [] and found[-1] == tokenizer.control[THINK]
+    is_open = found != [] and found[-1] == tokenizer.added[THINK]
     return "" if is_open else THINK + "\n"
 
 
