@@ -320,11 +320,16 @@ def test_a_tokenizer_larger_than_the_embedding(folder):
     assert "tokenizer.json: 259 ids, more than config.json's vocab_size 255" in err
 
 
-def test_ids_with_gaps_count_to_the_last(folder):
+def test_ids_with_gaps(folder):
+    """The library numbers added tokens by how many there are before them: those would have other ids than listed."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["Zzz"] = 10**6
     write_json(folder / "tokenizer.json", tokenizer)
-    assert "tokenizer.json: 1000001 ids, more than config.json's vocab_size 260" in assert_run_or_refused(folder)
+    assert "'<|endoftext|>' is listed as token 256, but would be 257: ids are missing" in assert_run_or_refused(folder)
+    tokenizer["added_tokens"] = []
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", {})
+    assert "ids are missing below 1000001: 257 is one" in assert_run_or_refused(folder)
 
 
 ATTACKS = {
