@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minihogwild import Cache, Config, LayerKind, Model, Rope, Run, Sampling, Weights, load
 from minihogwild.hub import DTYPES, Tokenizer
-from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.checkpoint import Extras, empty_weights
 from minihogwild.hub.quantized import Awq, Packed, Plain, Rounded
 from minihogwild.model import step_on_device
 from minihogwild.packed import EightBit, FourBit
@@ -155,7 +155,8 @@ def load_or_invent(options: argparse.Namespace) -> tuple[Config, Weights]:
     )
     storage = STORAGES[options.weights]
     dtype = DTYPES[options.dtype]
-    weights, _ = empty_weights(config, dtype, options.device, shape.biases, shape.qk_norms, storage)
+    extras = Extras(biases=shape.biases, qk_norms=shape.qk_norms)
+    weights, _ = empty_weights(config, dtype, options.device, extras, storage)
     parts = [weights.embed, weights.norm, weights.head]
     for layer in weights.layers:
         parts += vars(layer).values()

@@ -1,4 +1,4 @@
-"""The transformer, for Llama, Mistral and Qwen: from token ids to logits, for all workers in one pass.
+"""The transformer, for Llama and its relatives: from token ids to logits, for all workers in one pass.
 
 What a family adds follows from which tensors its checkpoint has (biases, q/k norms, a router), and from the config's
 table of layer kinds.
@@ -78,7 +78,7 @@ def self_attention(
         k = norm(k, layer.k_norm, config)
     append(kv, k, v, positions)  # rotates k to its place in its block
     mixed = backend.attend(q, kv, positions, attention_scale(config))  # [T, H, D]; rotates q, once for each block
-    return backend.linear(mixed.flatten(1), layer.out)
+    return backend.linear(mixed.flatten(1), layer.out, layer.out_bias)
 
 
 def mlp(x: Tensor, gate_up: Matrix, down: Matrix, backend: PyTorchBackend) -> Tensor:

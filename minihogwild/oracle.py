@@ -65,6 +65,8 @@ class Oracle:
         for view, x, q in zip(views, hidden, queries):
             mixed = self.attention(layer_index, view, q)  # [n, H, D]
             x = x + mixed.flatten(1) @ layer.out.T
+            if layer.out_bias is not None:
+                x = x + layer.out_bias
             y = self.norm(x, layer.mlp_norm)
             transformed = [self.mlp(token, layer) for token in y]
             outputs.append(x + torch.stack(transformed))

@@ -68,6 +68,7 @@ class Layer:
     gate_up: Matrix  # [2F, E]: the rows of gate, then of up; with experts [X, 2F, E]
     down: Matrix  # [E, F]; with experts [X, E, F]
     qkv_bias: Tensor | None = None  # [(H + 2K) D]  (Qwen2)
+    out_bias: Tensor | None = None  # [E]  (Seed-OSS)
     q_norm: Tensor | None = None  # [D]  (Qwen3)
     k_norm: Tensor | None = None  # [D]  (Qwen3)
     router: Tensor | None = None  # [X, E]  (Qwen3-MoE)

@@ -242,7 +242,7 @@ def test_an_expert_too_many_or_misshapen_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.1.self_attn.o_proj.bias",  # llama with attention_bias
+        "model.layers.1.mlp.down_proj.bias",
         "model.layers.1.mlp.gate_proj.bias",
         "model.layers.2.input_layernorm.weight",  # one layer more than config.json says
         "model.layers.0.self_attn.q_proj.qweight",

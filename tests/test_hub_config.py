@@ -227,7 +227,7 @@ LONG = {"max_position_embeddings": 8192}
 REFUSED = {
     "model type": (
         {"model_type": "gemma"},
-        ["model_type", "'gemma'", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"],
+        ["model_type", "'gemma'", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "seed_oss", "smollm3"],
     ),
     "another mixture of experts": ({"model_type": "qwen2_moe"}, ["'qwen2_moe'"]),
     "more experts chosen than there are": (
@@ -452,7 +452,16 @@ def test_no_warning_for_what_asks_for_nothing(tmp_path: Path, caplog: pytest.Log
 
 # ---- every field of the families' classes
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+CLASSES = {
+    "phi3": "Phi3",
+    "seed_oss": "SeedOss",
+    "smollm3": "SmolLM3",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -488,3 +497,51 @@ def test_a_setting_of_which_one_value_is_supported(key):
 def test_top_k_of_vllm(tmp_path):
     assert loaded(tmp_path, {"do_sample": True, "top_k": -1}).sampling == Sampling(temperature=1.0, top_k=0)
     assert "top_k" in refusal(loaded, tmp_path, {"do_sample": True, "top_k": -2})
+
+
+# ---- what three families add
+
+
+def test_layers_without_rotation():
+    def kinds(layers: int, **settings) -> list[bool]:
+        config = parse_config(TINY | {"model_type": "smollm3", "num_hidden_layers": layers} | settings)
+        return [kind.rope for kind in config.layer_kinds]
+
+    assert kinds(9) == [True, True, True, False] * 2 + [True]
+    assert kinds(4, no_rope_layer_interval=2) == [True, False, True, False]
+    assert kinds(3, no_rope_layers=[0, 1, 1, 0]) == [False, True, True]  # for more layers than there are
+    for wrong in ([1, 0], [1, 0, 2], ["a", 0, 1]):
+        message = refusal(
+            parse_config, TINY | {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": wrong}
+        )
+        assert "no_rope_layers must have a 0 or 1 for each of 3 layers" in message
+
+
+@pytest.mark.parametrize("family", ["phi3", "seed_oss", "smollm3"])
+def test_what_they_mean_where_config_json_is_silent(tmp_path, family):
+    silent = without(
+        TINY, "rms_norm_eps", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "head_dim", "hidden_act"
+    )
+    silent |= {"model_type": family, "hidden_size": 16}
+    write_json(tmp_path / "config.json", silent)
+    theirs, ours = AutoConfig.from_pretrained(tmp_path), parse_config(silent)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"sliding_window": 64}, "sliding-window"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "'longrope'"),
+        ({"rope_scaling": YARN}, "rope type 'yarn' is not supported in phi3"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "'su'"),
+    ],
+)
+def test_what_phi_3_has_that_we_have_not(change, culprit):
+    assert culprit in refusal(parse_config, TINY | {"model_type": "phi3"} | change)
+    assert parse_config(TINY | {"model_type": "phi3", "sliding_window": 512}).context == 512

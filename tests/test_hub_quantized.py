@@ -132,7 +132,7 @@ def test_biases_of_zeros_that_some_writers_add(tmp_path):
     assert_means(loaded(tmp_path / "zeros", made), made.meant, DENSE)
     made.tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(64)
     message = refusal(loaded, tmp_path / "ones", made)
-    assert "not know: model.layers.0.self_attn.o_proj.bias" in message
+    assert "lacks model.layers.1.self_attn.o_proj.bias" in message  # they are no zeros: so all layers need theirs
 
 
 # ---- the engine with them

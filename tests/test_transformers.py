@@ -21,10 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from minihogwild import Cache, Model, forward, load
@@ -46,6 +49,7 @@ SIZES = {
 }
 MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}  # heads of 12
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # more than 48 / 4
+FUSED = {"num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 12, as E / H has it
 MQA = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 
@@ -67,6 +71,7 @@ CASES = {
     "llama": LlamaConfig(**SIZES, **MHA),
     "llama tied": LlamaConfig(**SIZES, **MQA, tie_word_embeddings=True, rms_norm_eps=1e-2),
     "llama theta": LlamaConfig(**SIZES, **GQA, rope_parameters={"rope_type": "default", "rope_theta": 300.0}),
+    "llama attention_bias": LlamaConfig(**SIZES, **GQA, attention_bias=True),
     "llama linear": LlamaConfig(**SIZES, **GQA, rope_parameters=LINEAR),
     "llama llama3": LlamaConfig(**SIZES, **GQA, rope_parameters=LLAMA3),
     "llama yarn": LlamaConfig(**SIZES, **GQA, rope_parameters=yarn(original_max_position_embeddings=2048)),
@@ -96,6 +101,13 @@ CASES = {
     "mistral theta": MistralConfig(
         **SIZES, **GQA, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     ),
+    "phi3": Phi3Config(**SIZES, **FUSED, pad_token_id=0),
+    "seed_oss": SeedOssConfig(**SIZES, **GQA, attention_out_bias=True),
+    "seed_oss without biases": SeedOssConfig(**SIZES, **MQA, attention_bias=False, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SIZES | {"num_hidden_layers": 5}, **FUSED, pad_token_id=0),
+    "smollm3 list": SmolLM3Config(
+        **SIZES, **MHA, no_rope_layers=[0, 1], tie_word_embeddings=False, pad_token_id=0, rope_parameters=yarn()
+    ),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, **GQA, **MOE),
     "qwen3_moe normalised": Qwen3MoeConfig(**SIZES, **GQA, **MOE, norm_topk_prob=True),
     "qwen3_moe first layer dense": Qwen3MoeConfig(**SIZES, **MQA, **MOE, norm_topk_prob=True, mlp_only_layers=[0]),
@@ -110,7 +122,7 @@ CASES = {
 }
 # Each family, and each rope type, once; what differs from these in one key alone is slow
 FAST = ["llama", "llama tied", "llama linear", "llama llama3", "llama yarn all", "qwen2", "qwen3 tied yarn", "mistral"]
-FAST += ["qwen3_moe every second layer, tied yarn"]
+FAST += ["qwen3_moe every second layer, tied yarn", "phi3", "seed_oss", "smollm3"]
 
 
 @dataclass
@@ -158,7 +170,7 @@ def random_model(config, seed: int) -> PreTrainedModel:
         elif "norm" in name:  # q and k norms decide how sharp Qwen3's attention is
             drawn = (1.3 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1) + 0.3 * drawn
         elif "embed" not in name:
-            gain = 1.3 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1
+            gain = 1.3 if name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")) else 1
             drawn *= gain * parameter.shape[-1] ** -0.5
         parameter.copy_(drawn)
     return model
@@ -203,10 +215,10 @@ def worst(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_rotations_are_those_of_transformers(pair):
-    """Up to the error of float32: about 1e-7 of a frequency, and so LENGTH times that in an angle."""
+    """Up to the error of float32: a few 1e-7 of a frequency, and so LENGTH times that in an angle."""
     rotary, rope = pair.theirs.model.rotary_emb, pair.ours.config.rope
     frequencies = inverse_frequencies(rope, pair.ours.config.head_dim)
-    torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=3e-7, atol=0)
+    torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=4e-7, atol=0)
     assert rotary.attention_scaling == pytest.approx(attention_factor(rope), rel=1e-12)
     positions, x = torch.arange(LENGTH)[None], torch.zeros(1)
     for theirs, exact in zip(rotary(x, positions), ExactAngles(pair.ours)(x, positions)):
@@ -236,6 +248,7 @@ WITHOUT_EFFECT = [  # one mscale without the other; both, where attention_factor
     ("llama yarn one mscale", "mscale"),
     ("llama yarn all", "mscale"),
     ("llama yarn all", "mscale_all_dim"),
+    ("phi3", "partial_rotary_factor"),  # of which one value is supported (test_hub_config.py)
 ]
 ROPE_KEYS = [(case, key) for case, config in CASES.items() for key in config.rope_parameters if key != "rope_type"]
 
@@ -283,7 +296,7 @@ def test_a_trained_length_beside_the_rope_parameters_means_what_it_means_to_tran
     rotary = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb
     ours = load(tmp_path, device="cpu").config
     frequencies = inverse_frequencies(ours.rope, ours.head_dim)
-    torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=3e-7, atol=0)
+    torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=4e-7, atol=0)
 
 
 def test_sharded_checkpoint_is_the_same_model(pair, tmp_path):

@@ -27,7 +27,7 @@ def test_they_are_small_and_all_there():
     models = {path.name for path in (VECTORS / "models").iterdir()}
     schedules = {path.stem for path in (VECTORS / "schedules").iterdir()}
     assert {*CASES} == {(m, s) for m in models for s in schedules if (m == "long") == (s == "long")}
-    assert len(models) == 11
+    assert len(models) == 14
     assert len(schedules) == 9
     assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 3e6
 
@@ -65,7 +65,7 @@ def test_the_command_makes_them_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path)])
     make.main()
     made = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(made) == 9 + 3 * 11 + len(replayed) * 8 + 1  # schedules, model folders, logits, the inside
+    assert len(made) == 9 + 3 * 14 + len(replayed) * 8 + 1  # schedules, model folders, logits, the inside
     for path in made:
         kept = VECTORS / path.relative_to(tmp_path)
         if path.suffix == ".safetensors":

@@ -13,7 +13,7 @@ from minihogwild import Cache, Config, Layer, LayerKind, Rope, Weights
 from minihogwild import step as engine_step
 from minihogwild.backend import PyTorchBackend
 from minihogwild.cache import PAGE
-from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.checkpoint import Extras, empty_weights
 from minihogwild.oracle import Oracle
 
 V = 61
@@ -97,7 +97,8 @@ def random_weights(
     config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, biases: bool = True, qk_norms: bool = False
 ) -> Weights:
     """Weights so large that attention is far from uniform, and what a token sees decides its logits."""
-    weights, places = empty_weights(config, dtype, "cpu", biases, qk_norms)
+    extras = Extras(biases, out_bias=biases, qk_norms=qk_norms)
+    weights, places = empty_weights(config, dtype, "cpu", extras)
     fill_at_random(places, seed)
     return weights
 

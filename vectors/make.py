@@ -21,7 +21,7 @@ from torch import Tensor
 from minihogwild import load
 from minihogwild.attention import append, positions_of
 from minihogwild.cache import Cache
-from minihogwild.hub.checkpoint import empty_weights
+from minihogwild.hub.checkpoint import Extras, empty_weights
 from minihogwild.hub.config_json import parse_config
 from minihogwild.oracle import Oracle
 from minihogwild.replay import main as replay
@@ -49,6 +49,9 @@ CONFIGS = {
         "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
     },
+    "phi3": {"model_type": "phi3"},  # q, k and v in one tensor, gate and up in another
+    "seed_oss": {"model_type": "seed_oss", "attention_out_bias": True},  # biases of q, k, v and out
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False},  # a layer not rotated
     # One small layer, so that positions past 100,000 take seconds
     "long": {
         "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
@@ -68,7 +71,13 @@ def make_model(folder: Path, settings: dict) -> None:
     folder.mkdir(parents=True)
     config = parse_config(settings)
     kind = settings["model_type"]
-    _, parts = empty_weights(config, torch.float32, "cpu", kind == "qwen2", kind in ("qwen3", "qwen3_moe"))
+    extras = Extras(
+        biases=kind in ("qwen2", "seed_oss"),
+        out_bias=settings.get("attention_out_bias", False),
+        qk_norms=kind in ("qwen3", "qwen3_moe"),
+        fused=kind == "phi3",
+    )
+    _, parts = empty_weights(config, torch.float32, "cpu", extras)
     numbers, tensors = torch.Generator().manual_seed(crc32(folder.name.encode())), {}
     for name, part in parts.items():
         noise = torch.randn(part.shape, generator=numbers)

@@ -4,6 +4,7 @@ Each file is opened once, and each tensor is copied straight to its place: a mat
 checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,29 @@ LFS_POINTER = b"version https://git-lfs"  # what such a file begins with
 # ---- which tensors there are
 
 
-def tensors_of_layer(config: Config, kind: LayerKind, biases: bool, qk_norms: bool) -> dict[str, dict[str, list[int]]]:
+@dataclass(frozen=True)
+class Extras:
+    """What a family's layers have besides, or in another form: seen from the names of the checkpoint's tensors."""
+
+    biases: bool = False  # of q, k and v
+    out_bias: bool = False
+    qk_norms: bool = False
+    fused: bool = False  # q, k and v lie in one tensor, as do gate and up (Phi-3)
+
+
+def extras_in(names: Collection[str]) -> Extras:
+    def any_ends_with(end: str) -> bool:
+        return any(name.endswith(end) for name in names)
+
+    return Extras(
+        biases=any_ends_with("q_proj.bias"),
+        out_bias=any_ends_with("o_proj.bias"),
+        qk_norms=any_ends_with("q_norm.weight"),
+        fused=any(".qkv_proj." in name for name in names),
+    )
+
+
+def tensors_of_layer(config: Config, kind: LayerKind, extras: Extras) -> dict[str, dict[str, list[int]]]:
     """For each field of Layer: the checkpoint's tensors that lie there one below the other, with their shapes."""
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
@@ -45,13 +68,18 @@ def tensors_of_layer(config: Config, kind: LayerKind, biases: bool, qk_norms: bo
         },
         "down": {"mlp.down_proj.weight": [E, F]},
     }
-    if biases:
+    if extras.fused:
+        fields["qkv"] = {"self_attn.qkv_proj.weight": [(H + 2 * K) * D, E]}
+        fields["gate_up"] = {"mlp.gate_up_proj.weight": [2 * F, E]}
+    if extras.biases:
         fields["qkv_bias"] = {
             "self_attn.q_proj.bias": [H * D],
             "self_attn.k_proj.bias": [K * D],
             "self_attn.v_proj.bias": [K * D],
         }
-    if qk_norms:
+    if extras.out_bias:
+        fields["out_bias"] = {"self_attn.o_proj.bias": [E]}
+    if extras.qk_norms:
         fields["q_norm"] = {"self_attn.q_norm.weight": [D]}
         fields["k_norm"] = {"self_attn.k_norm.weight": [D]}
     if kind.experts:
@@ -74,8 +102,7 @@ def empty_weights(
     config: Config,
     dtype: torch.dtype,
     device: torch.device | str,
-    biases: bool = False,
-    qk_norms: bool = False,
+    extras: Extras = Extras(),
     storage: Storage | None = None,
 ) -> tuple[Weights, dict[str, Place]]:
     """Weights of the right shapes, not filled; and what fills them: the place of each tensor of a checkpoint, by name.
@@ -101,7 +128,7 @@ def empty_weights(
 
     def allocate_layer(number: int, kind: LayerKind) -> Layer:
         fields = {}
-        for field, shapes_by_part in tensors_of_layer(config, kind, biases, qk_norms).items():
+        for field, shapes_by_part in tensors_of_layer(config, kind, extras).items():
             shapes = {f"model.layers.{number}.{part}": shape for part, shape in shapes_by_part.items()}
             has_experts = kind.experts and field in ("gate_up", "down")
             stack = (config.num_experts,) if has_experts else ()
@@ -172,17 +199,16 @@ def load_weights(
         shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
-    biases = any(name.endswith("q_proj.bias") for name in stored)
-    qk_norms = any(name.endswith("q_norm.weight") for name in stored)
-    require_most_layers(config, stored)
-    planned, expected = empty_weights(config, dtype, "meta", biases, qk_norms, storage)
     if isinstance(storage, Packed):
-        stored = without_zero_biases(stored, expected)
+        stored = without_zero_biases(stored)
+    extras = extras_in(stored)
+    require_most_layers(config, stored)
+    planned, expected = empty_weights(config, dtype, "meta", extras, storage)
     require_the_same_tensors(expected, stored)
 
     stored_as = storage.name or str(dtype).removeprefix("torch.")
     with allocating(planned.nbytes, f"{model}'s weights in {stored_as}", device):
-        weights, places = empty_weights(config, dtype, device, biases, qk_norms, storage)
+        weights, places = empty_weights(config, dtype, device, extras, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
         with refusing(f"{tensor.path.name}: {name}"):
             places[name].copy_(tensor.read())  # so one tensor at a time is held twice, and no more
@@ -247,15 +273,17 @@ def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
     require(claimed < found + 1000, f"the checkpoint lacks most of config.json's layers: {found} tensors")
 
 
-def without_zero_biases(stored: dict[str, Stored], expected: dict[str, Place]) -> dict[str, Stored]:
-    """Some writers of GPTQ give every module a bias, of zeros where the model has none."""
-    kept = {}
+def without_zero_biases(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Some writers of GPTQ give every module a bias, of zeros where the model has none: zeros change nothing."""
+    of_a_kind: dict[str, list[Stored]] = {}  # the biases of all layers, by what they belong to
     for name, tensor in stored.items():
-        is_extra_bias = name.endswith("_proj.bias") and name not in expected
-        if is_extra_bias and tensor.dtype in FLOATS and not tensor.read().any():
-            continue
-        kept[name] = tensor
-    return kept
+        if name.endswith("_proj.bias") and tensor.dtype in FLOATS:
+            of_a_kind.setdefault(name.split(".")[-2], []).append(tensor)
+    dropped = set()
+    for tensors in of_a_kind.values():
+        if not any(tensor.read().any() for tensor in tensors):
+            dropped.update(tensor.name for tensor in tensors)
+    return {name: tensor for name, tensor in stored.items() if name not in dropped}
 
 
 def require_the_same_tensors(expected: dict[str, Place], stored: dict[str, Stored]) -> None:

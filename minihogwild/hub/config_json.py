@@ -65,6 +65,8 @@ ALLOWED = {
     "decoder_sparse_step": COUNT,
     "mlp_only_layers": LIST,
     # about rope
+    "no_rope_layers": LIST,
+    "no_rope_layer_interval": COUNT,
     "rope_parameters": OBJECT,
     "rope_scaling": OBJECT,
     "rope_type": TEXT,
@@ -116,13 +118,28 @@ def require_allowed(key: str, value: object, allowed: Allowed) -> None:
 
 # ---- config.json
 
-# The supported families, and the max_position_embeddings that each means where config.json is silent
-CONTEXT_OF_FAMILY = {
-    "llama": 2048,
-    "mistral": 131072,
-    "qwen2": 32768,
-    "qwen3": 32768,
-    "qwen3_moe": 32768,
+
+class Family(NamedTuple):
+    """What config.json means where it is silent, as transformers' classes have it."""
+
+    context: int  # max_position_embeddings
+    head_dim: int | None = None  # None: E / H
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = 4096
+    switches_window: bool = True  # no layer has a window unless `use_sliding_window` says so
+
+
+FAMILIES = {
+    "llama": Family(context=2048),
+    "mistral": Family(context=131072, switches_window=False),
+    "phi3": Family(context=4096, rms_norm_eps=1e-5, sliding_window=None, switches_window=False),
+    "qwen2": Family(context=32768),
+    "qwen3": Family(context=32768, head_dim=128),
+    "qwen3_moe": Family(context=32768),
+    "seed_oss": Family(context=524288, head_dim=128),
+    "smollm3": Family(context=32768, rope_theta=2e6, tie_word_embeddings=True, sliding_window=None),
 }
 # These must be there
 NEEDED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -181,7 +198,7 @@ HARMLESS_SETTINGS = {
         "pad_token_id",
         "unk_token_id",
     ],
-    "seen from the tensors": ["attention_bias", "qkv_bias", "use_qk_norm", "qk_norm"],
+    "seen from the tensors": ["attention_bias", "attention_out_bias", "qkv_bias", "use_qk_norm", "qk_norm"],
     "read elsewhere": ["sliding_window", "max_window_layers", "layer_types"],
 }
 # What older files say of generation, which generation_config.json has now
@@ -201,26 +218,31 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
     `longest_view` is the context, in tokens, for whoever knows better.
     """
     given = without_nulls(settings)
-    family = given.get("model_type")
-    require(family in CONTEXT_OF_FAMILY, f"model_type {family!r} is not supported ({', '.join(CONTEXT_OF_FAMILY)} are)")
+    name = given.get("model_type")
+    require(name in FAMILIES, f"model_type {name!r} is not supported ({', '.join(FAMILIES)} are)")
+    family = FAMILIES[name]
     require_only_values(given)
     warn_of_unknown_settings(given)
     missing = [key for key in NEEDED if key not in given]
     require(not missing, f"no {', '.join(missing)}")
 
-    # Where config.json is silent, the defaults of transformers' classes hold (num_key_value_heads: Llama's).
+    # (Where config.json is silent of num_key_value_heads, for all families what Llama's class has.)
     E, H = given["hidden_size"], given["num_attention_heads"]
     K = given.get("num_key_value_heads", H)
-    default_head_dim = 128 if family == "qwen3" else E // H
-    D = given.get("head_dim", default_head_dim)
+    D = given.get("head_dim", family.head_dim or E // H)
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
     require(D > 0 and D % 2 == 0, f"head_dim {D} is not an even number: rope turns pairs")
-    context = given.get("max_position_embeddings", CONTEXT_OF_FAMILY[family])
+    context = given.get("max_position_embeddings", family.context)
     experts = {}
     layer_kinds = (LayerKind(),) * given["num_hidden_layers"]
-    if family == "qwen3_moe":
+    if name == "qwen3_moe":
         experts = parse_experts(given)
         layer_kinds = parse_sparse_layers(given)
+    elif name == "smollm3":
+        layer_kinds = parse_rotated_layers(given)
+    rope = parse_rope(given, context, family.rope_theta)
+    # In Phi-3's class each other type means longrope, whose frequencies depend on how long the text is
+    require(name != "phi3" or rope.rope_type == "default", f"rope type {rope.rope_type!r} is not supported in phi3")
     config = Config(
         vocab_size=given["vocab_size"],
         hidden_size=E,
@@ -228,10 +250,10 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
         num_attention_heads=H,
         num_key_value_heads=K,
         head_dim=D,
-        rms_norm_eps=given.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=given.get("rms_norm_eps", family.rms_norm_eps),
         max_position_embeddings=context,
-        tie_word_embeddings=given.get("tie_word_embeddings", False),
-        rope=parse_rope(given, context),
+        tie_word_embeddings=given.get("tie_word_embeddings", family.tie_word_embeddings),
+        rope=rope,
         layer_kinds=layer_kinds,
         **experts,
     )
@@ -239,7 +261,7 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
         config = replace(config, longest_view=min(config.context, given["max_sequence_length"]))
     if longest_view is not None:
         config = replace(config, longest_view=longest_view)
-    window = smallest_window(family, settings)
+    window = smallest_window(name, settings)
     fits = window is None or window >= config.context
     require(fits, f"sliding-window attention is not supported: {window} tokens, of a context of {config.context}")
     return config
@@ -261,19 +283,19 @@ def warn_of_unknown_settings(given: dict) -> None:
         logger.warning("config.json: not known, and ignored: %s", printable_names(unknown))
 
 
-def smallest_window(family: str, settings: dict) -> int | None:
+def smallest_window(name: str, settings: dict) -> int | None:
     """The fewest tokens that a layer sees, where any sees the last ones alone; None where none does.
 
-    As transformers' classes read `settings`, which here still have their nulls: silence means 4096 tokens, null means
-    no window.
+    As transformers' class of that family reads `settings`, which here still have their nulls: null means no window, and
+    silence in many families does not.
     """
-    window = settings.get("sliding_window", 4096) or None
-    needs_switch = family != "mistral"
-    if needs_switch and not settings.get("use_sliding_window"):
+    family = FAMILIES[name]
+    window = settings.get("sliding_window", family.sliding_window) or None
+    if family.switches_window and not settings.get("use_sliding_window"):
         window = None
     layers = settings["num_hidden_layers"]
     layer_types = settings.get("layer_types")
-    if layer_types is None and window is not None and family in ("qwen2", "qwen3"):
+    if layer_types is None and window is not None and name in ("qwen2", "qwen3"):
         first = settings.get("max_window_layers")
         if first is None:
             first = 28
@@ -312,6 +334,16 @@ def parse_sparse_layers(given: dict) -> tuple[LayerKind, ...]:
     return tuple(kinds)
 
 
+def parse_rotated_layers(given: dict) -> tuple[LayerKind, ...]:
+    """SmolLM3's: a list has 1 for each layer with rotation; without one, every fourth layer (or so) has none."""
+    layers = given["num_hidden_layers"]
+    interval = given.get("no_rope_layer_interval", 4)
+    rotated = given.get("no_rope_layers", [(number + 1) % interval != 0 for number in range(layers)])
+    right = len(rotated) >= layers and all(has_rope in (0, 1) for has_rope in rotated)
+    require(right, f"no_rope_layers must have a 0 or 1 for each of {layers} layers, not {rotated}")
+    return tuple(LayerKind(rope=bool(has_rope)) for has_rope in rotated[:layers])
+
+
 # ---- rope
 
 TRAINED_LENGTH = "original_max_position_embeddings"
@@ -330,12 +362,12 @@ ROPE_MAY_HAVE = {
 ROPE_IGNORED = {"yarn": ["attn_factor", "finetuned"]}
 
 
-def parse_rope(config: dict, context: int) -> Rope:
+def parse_rope(config: dict, context: int, default_theta: float) -> Rope:
     """Rope from both forms in the wild: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
     given = without_nulls(rope_settings(config))
     older_key = given.pop("type", "default")
     rope_type = given.pop("rope_type", older_key)
-    theta_beside = config.get("rope_theta", 10000.0)
+    theta_beside = config.get("rope_theta", default_theta)
     theta = given.pop("rope_theta", theta_beside)
     rotated_part = given.pop("partial_rotary_factor", 1.0)
     require(rotated_part == 1.0, "partial_rotary_factor is not supported, only 1.0")
