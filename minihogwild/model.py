@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import LayerCache, Plan, Positions, append, positions_of
 from .backend import PyTorchBackend
 from .cache import Cache
-from .config import Config
+from .config import Config, LayerKind
 from .errors import allocating, require
 from .rope import attention_scale
 from .weights import Layer, Matrix, Weights
@@ -48,15 +48,21 @@ def forward(
 
     x = F.embedding(tokens, weights.embed)  # [T, E]
     for kind, layer, kv in zip(config.layer_kinds, weights.layers, cache.layers):
-        x = compiled(transformer_layer)(x, layer, kv, positions[kind], config, backend)
+        x = compiled(transformer_layer)(x, layer, kind, kv, positions[kind], config, backend)
     return compiled(output_head)(x, weights.norm, weights.head, plan, config, backend)
 
 
 def transformer_layer(
-    x: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config, backend: PyTorchBackend
+    x: Tensor,
+    layer: Layer,
+    kind: LayerKind,
+    kv: LayerCache,
+    positions: Positions,
+    config: Config,
+    backend: PyTorchBackend,
 ) -> Tensor:
     """[T, E] in and out; the layer's part of the KV cache gets the new keys and values."""
-    attended = self_attention(norm(x, layer.attn_norm, config), layer, kv, positions, config, backend)
+    attended = self_attention(norm(x, layer.attn_norm, config), layer, kind, kv, positions, config, backend)
     x = x + backend.reduce(attended)  # the sum of several GPUs' parts; of one, as it is
     y = norm(x, layer.mlp_norm, config)
     if layer.router is None:
@@ -67,7 +73,13 @@ def transformer_layer(
 
 
 def self_attention(
-    x: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config, backend: PyTorchBackend
+    x: Tensor,
+    layer: Layer,
+    kind: LayerKind,
+    kv: LayerCache,
+    positions: Positions,
+    config: Config,
+    backend: PyTorchBackend,
 ) -> Tensor:
     """[T, E] in and out. All workers write their keys and values before any of them looks."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -77,7 +89,7 @@ def self_attention(
         q = norm(q, layer.q_norm, config)
         k = norm(k, layer.k_norm, config)
     append(kv, k, v, positions)  # rotates k to its place in its block
-    mixed = backend.attend(q, kv, positions, attention_scale(config))  # [T, H, D]; rotates q, once for each block
+    mixed = backend.attend(q, kv, positions, attention_scale(config, kind))  # [T, H, D]; rotates q, once for each block
     return backend.linear(mixed.flatten(1), layer.out, layer.out_bias)
 
 

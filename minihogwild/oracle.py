@@ -103,7 +103,9 @@ class Oracle:
         G = self.config.num_attention_heads // self.config.num_key_value_heads
         keys = keys.repeat_interleave(G, dim=1)  # [S, H, D]
         values = values.repeat_interleave(G, dim=1)
-        scale = yarn_factor(self.config) ** 2 / math.sqrt(self.config.head_dim)  # the factor of both, query and key
+        scale = 1 / math.sqrt(self.config.head_dim)
+        if kind.rope:
+            scale *= yarn_factor(self.config) ** 2  # the factor of both, query and key
         scores = scale * torch.einsum("nhd,shd->hns", q, keys)
         comes_later = positions[None, :] > new_positions[:, None]  # [n, S]
         scores = scores.masked_fill(comes_later, -math.inf)
@@ -228,7 +230,7 @@ def pair_that_makes(turns: float, config: Config) -> float:
 
 
 def yarn_factor(config: Config) -> float:
-    """What YaRN multiplies queries and keys by."""
+    """What YaRN multiplies rotated queries and keys by."""
     rope = config.rope
     if rope.rope_type != "yarn":
         return 1.0

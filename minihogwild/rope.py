@@ -67,13 +67,14 @@ def yarn_ramp(rope: Rope, head_dim: int) -> tuple[float, float]:
     return low, high
 
 
-def attention_scale(config: Config) -> float:
-    """What scores are multiplied by: m² / √D.
+def attention_scale(config: Config, kind: LayerKind) -> float:
+    """What a layer's scores are multiplied by: m² / √D, or 1 / √D in a layer without rotation.
 
-    YaRN multiplies queries and keys by m, so their products by m². That belongs here, and never in a rotation: a moved
-    key is rotated twice, and would get it twice.
+    YaRN multiplies what is rotated, queries and keys, by m, so their products by m². That belongs here, and never in a
+    rotation: a moved key is rotated twice, and would get it twice.
     """
-    return attention_factor(config.rope) ** 2 / config.head_dim**0.5
+    m = attention_factor(config.rope) if kind.rope else 1.0
+    return m**2 / config.head_dim**0.5
 
 
 def attention_factor(rope: Rope) -> float:

@@ -5,6 +5,7 @@ examples, ten times as many, each time new: `HYPOTHESIS_PROFILE=nightly python -
 brings it back.
 """
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,8 @@ hypothesis.settings.load_profile(PROFILE)
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test or library does it first
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """The Triton kernels are the oracle's too: by Triton's interpreter, without a GPU, in float32 (it has no bfloat16)."""
 
-import os
-
 import pytest
 import torch
 import util
@@ -12,7 +10,7 @@ from util import WatchedOracle, config, configs, random_weights, relative_differ
 
 if torch.cuda.is_available():
     pytest.skip("test_cuda.py does it in earnest", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+# conftest.py has asked for the interpreter
 pytest.importorskip("triton", reason="needs: python -m pip install triton 'numpy<2.4'")
 from minihogwild import packed
 from minihogwild.backend import PyTorchBackend

@@ -223,7 +223,7 @@ def first_attention(views: list[list[str]], tokens: list[list[int]], oracle: Ora
         q_by_group = rotated_q[:, b].view(T, K, H // K, D)
         products = torch.einsum("tkgd,nkd->tkgn", q_by_group, block_keys).flatten(1, 2)  # [T, H, N]
         not_visible = torch.arange(N) >= plan.visible[:, b, None]  # [T, N]
-        scaled = attention_scale(config) * products
+        scaled = attention_scale(config, config.layer_kinds[0]) * products
         scores.append(scaled.masked_fill(not_visible[:, None], -torch.inf))
         values.append(block_values)
         found[f"keys.{block}"] = block_keys
