@@ -25,7 +25,7 @@ from hub_files import (
     without,
     write_json,
 )
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from in_process import said
 
@@ -347,7 +347,7 @@ HUB_ERRORS = {
             f"404 Client Error. (Request ID: Root=1-6a; 77)\n\nRepository Not Found for url: {URL}.\n"
             "Please make sure you specified the correct `repo_id` and `repo_type`."
         ),
-        "Not Found",
+        "no such repository",
     ),
     "gated": (
         GatedRepoError(
@@ -362,7 +362,7 @@ HUB_ERRORS = {
             "outgoing traffic has been disabled. To enable repo look-ups and downloads online, pass "
             "'local_files_only=False' as input."
         ),
-        "outgoing traffic has been disabled",
+        "the hub cannot be reached",
     ),
     "no network": (ConnectionError("Name or service not known\n(caused by something)"), "Name or service not known"),
     "a bad name": (ValueError("Repo id must use alphanumeric chars"), "Repo id must use alphanumeric chars"),
@@ -533,3 +533,29 @@ def test_the_option_reaches_the_run(tmp_path: Path):
         code, _, err = said(generate.main, *arguments, "--context", wrong)
         assert code == 2
         assert "--context" in err
+
+
+# ---- the hub, where it has nothing for us
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (GatedRepoError(), "it is gated, its owners ask for consent"),
+        (RepositoryNotFoundError(), "no such repository, or a private one: then log in"),
+        (LocalEntryNotFoundError("no"), "the hub cannot be reached"),
+        (OfflineModeIsEnabled("no"), "the hub is not asked (HF_HUB_OFFLINE)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("options", [[], ["--plan"]], ids=["run", "plan"])
+def test_why_the_hub_gives_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, options
+):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, error)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: hub.download("x"))
+    code, out, err = said(generate.main, "hi", "--model", "someone/model", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"minihogwild: someone/model: neither a folder nor to be had from the hub: {reason}")
+    assert err.count("\n") == 1

@@ -1,5 +1,6 @@
 """`load`: from the name of a model to the model."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import huggingface_hub  # imports what is asked of it, and only then
 import torch
 
 from ..config import Config
-from ..errors import refusing, require
+from ..errors import InputError, refusing, require
 from ..files import read_json
 from ..sampling import Sampling
 from ..weights import Weights
@@ -153,7 +154,7 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 def fetch_config(name: str) -> dict:
     """config.json of the local folder or hub repository of that name, without anything else of it."""
-    with refusing(f"{name}: neither a folder nor to be had from the hub"):
+    with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = Path(name).expanduser()
         path = folder / "config.json"
         if not folder.is_dir():
@@ -163,9 +164,30 @@ def fetch_config(name: str) -> dict:
 
 def fetch(name: str) -> Path:
     """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
-    with refusing(f"{name}: neither a folder nor to be had from the hub"):
+    with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = Path(name).expanduser()
         if not folder.is_dir():
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
     close_bars()
     return folder
+
+
+# What can be done about the usual failures, by the names of the hub's exceptions (to import them takes a while)
+REASONS = {
+    "GatedRepoError": "it is gated, its owners ask for consent: give it on its page, and log in by `hf auth login`",
+    "RepositoryNotFoundError": "no such repository, or a private one: then log in by `hf auth login`",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and nothing of it is kept here",
+    "OfflineModeIsEnabled": "the hub is not asked (HF_HUB_OFFLINE), and nothing of it is kept here",
+}
+
+
+@contextmanager
+def reasons_of_the_hub():
+    """Say what can be done; what the library says is long, and for programmers."""
+    try:
+        yield
+    except Exception as error:
+        for kind in type(error).__mro__:
+            if kind.__name__ in REASONS:
+                raise InputError(REASONS[kind.__name__]) from error
+        raise
