@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .commands import Parser, run_command
 from .errors import refusing, require
+from .files import require_file
 from .replay import advance_lengths, dtype_name, read_schedule, tensor_name
 
 # ---- what is special about a step
@@ -154,6 +155,7 @@ def far_if_no_number(x: Tensor) -> Tensor:
 
 def open_logits(path: Path) -> safe_open:
     with refusing(f"{path} is not a file of logits"):
+        require_file(path)
         return safe_open(path, "pt")
 
 

@@ -13,11 +13,15 @@ from .errors import refusing, require
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises InputError, with the file's name, for anything else."""
     with refusing(f"{path} cannot be read"):
-        # A missing file is left to `read_text`, which says so; a pipe or a device would wait for ever.
-        require(path.is_file() or not path.exists(), "it is not a file")
+        require_file(path)
         data = json.loads(path.read_text("utf-8-sig"))  # editors of Windows put a mark before the text
     require(isinstance(data, dict), f"{path}: must hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def require_file(path: Path) -> None:
+    """Raise InputError for a pipe or a device: it may wait for ever, or never end. (What is missing, a reader says.)"""
+    require(path.is_file() or not path.exists(), "it is not a file")
 
 
 def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:

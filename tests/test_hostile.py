@@ -281,10 +281,20 @@ def test_tensors_that_are_no_weights_are_refused(folder, dtype):
     assert ": model.norm.weight is " in err
 
 
-def test_what_is_no_file_is_not_waited_for(folder):
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-    assert "config.json cannot be read: it is not a file" in assert_run_or_refused(folder)
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_what_is_no_file_is_not_waited_for(folder, name, kind):
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    code, err = run(folder)
+    assert code == 2
+    assert f"{name} cannot be read: it is not a file" in err
+    assert err.count("\n") == 1
 
 
 def test_a_terminal_does_not_obey_what_a_folder_writes(folder, monkeypatch):

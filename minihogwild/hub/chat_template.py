@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError, refusing, require
-from ..files import read_json
+from ..files import read_json, require_file
 
 PROGRAM = Path(__file__).with_name("render_template.py")
 SECONDS = 10  # that a template may take
@@ -50,6 +50,7 @@ def read_chat_template(folder: Path) -> str | None:
     own_file = folder / "chat_template.jinja"
     if own_file.exists():
         with refusing(f"{own_file} cannot be read"):
+            require_file(own_file)
             return own_file.read_text("utf-8")
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}

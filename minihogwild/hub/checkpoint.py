@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
-from ..files import read_json
+from ..files import read_json, require_file
 from ..weights import Dense, Layer, Matrix, Weights
 from .progress import Bar
 from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
@@ -251,7 +251,7 @@ def require_weights(path: Path) -> None:
             not pickled, f"there is only {', '.join(pickled)}: convert it to safetensors, nothing is unpickled here"
         )
         return  # whoever opens it says that it is missing
-    require(path.is_file(), "it is not a file")
+    require_file(path)
     with path.open("rb") as file:
         is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     require(not is_pointer, "it is a pointer of Git LFS, not the weights: fetch those by `git lfs pull`")
