@@ -166,17 +166,17 @@ class Run:
         self.shared = self.rules.prefix  # workers who know of each other begin with their names; others need none
 
         names = list(self.words.names[:workers])
-        encode = model.tokenizer.encode
         text = prompt_text(self.words, layout, workers, problem)
+        self._require_may_fit(text)
         self.prompt = model.tokenizer.chat(text)  # token ids
         require(problem.strip() and self.prompt, "the prompt is empty")
         if self.shared:
             self.prompt = self.prompt + self._opening()
         # Headers and roles: token ids, by block
-        self.fixed_texts = {block: encode(self.words.headers[block]) for block in self.rules.headers}
+        self.fixed_texts = {block: self._encode(self.words.headers[block]) for block in self.rules.headers}
         if self.shared:
             for name, role in zip(names, self.words.roles):
-                self.fixed_texts[role_block_of(name)] = encode(fill(role, name=name, problem=problem))
+                self.fixed_texts[role_block_of(name)] = self._encode(fill(role, name=name, problem=problem))
         self.workers = [self._make_worker(name, names) for name in names]
         self.budgets = tuple(budgets)
         asks_for_answer = bool(budgets) or (self.words.boxed and "\\boxed" in text)
@@ -206,6 +206,16 @@ class Run:
         self._waiting_events: list[dict] = []  # told by `tell_waiting`, or else by the next `learn`
         self._to_drop: list[str] = []  # blocks, before the next pass
 
+    def _encode(self, text: str) -> list[int]:
+        self._require_may_fit(text)
+        return self.model.tokenizer.encode(text)
+
+    def _require_may_fit(self, text: str) -> None:
+        """Raise InputError for a text that no context holds, before it is turned into tokens, which takes memory."""
+        context = self.model.config.context
+        most = context * self.model.tokenizer.longest
+        require(len(text) <= most, f"a text of {len(text):,} characters is too long for a context of {context}")
+
     def _make_worker(self, name: str, names: list[str]) -> Writer:
         others = [block_of(other) for other in names if other != name and name not in self.words.unaware]
         view = self.rules.view(block_of(name), others)
@@ -228,7 +238,7 @@ class Run:
                 finisher += "'"
             taken.append(finisher)
             view = [COMMON, *(block_of(name) for name in seen), answer_block_of(finisher)]
-            cue = self.model.tokenizer.encode(self.words.cue)
+            cue = self._encode(self.words.cue)
             draws_nothing = torch.Generator()  # finishers are greedy
             finishers.append(Writer(finisher, view, draws_nothing, to_feed=cue))
         return finishers

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from in_process import Said, said
+from mutations import limited
 from refusals import assert_one_line
 from tiny import END, ids_of, save_model
 
@@ -207,6 +208,19 @@ def test_what_editors_and_shells_put_around_a_text_is_no_part_of_it(command, tmp
     assert prompt_tokens("-", around.format("Two\nlines?")) == alone
     assert prompt_tokens("-", around.format("Two\r\nlines?")) == alone
     assert prompt_tokens("-", around.format(" Two\nlines?")) == alone + 1  # spaces are text
+
+
+@pytest.mark.parametrize("source", ["prompt", "role", "header"])
+def test_a_text_that_no_context_holds_is_refused_before_it_becomes_tokens(command, tmp_path, source):
+    """Fifty million characters: a tokenizer would take gigabytes for them."""
+    words = tmp_path / "words.json"
+    fields = {"role": {"roles": ["a" * 50_000_000]}, "header": {"header_own": "a" * 50_000_000}}.get(source, {})
+    words.write_text(json.dumps({"together": "{problem}"} | fields))
+    prompt = b"a" * 50_000_000 if source == "prompt" else b"hi"
+    with limited(10 * len(prompt) + 200_000_000):
+        code, out, err = command("-", "--prompts", words, stdin=prompt)
+    assert (code, out) == (2, "")
+    assert "a text of 50,000,000 characters is too long for a context of 4096" in err
 
 
 def test_a_prompt_from_everywhere(command, tmp_path):

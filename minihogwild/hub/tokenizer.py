@@ -154,6 +154,11 @@ class Tokenizer:
         return [self.decode([token]) for token in range(self.size)]
 
     @cached_property
+    def longest(self) -> int:
+        """Characters of a text that become one token, at most."""
+        return max(map(len, self.reads_text.get_vocab()), default=1)
+
+    @cached_property
     def without_text(self) -> list[int]:
         """Its ids that `has_text` denies."""
         return [token for token in range(self.size) if not self.has_text(token)]
