@@ -188,7 +188,7 @@ def stored(draw, dense: Dense, dtype: torch.dtype, seed: int) -> Matrix:
 
 @st.composite
 def packed_weights(draw, shape, dtype: torch.dtype, seed: int) -> Weights:
-    weights = random_weights(shape, dtype, seed)
+    weights = random_weights(shape, dtype, seed, out_bias=draw(st.booleans()))
     for layer in weights.layers:
         for name in ("qkv", "out", "gate_up", "down"):
             setattr(layer, name, draw(stored(getattr(layer, name), dtype, seed)))

@@ -94,10 +94,15 @@ def configs(draw) -> Config:
 
 
 def random_weights(
-    config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, biases: bool = True, qk_norms: bool = False
+    config: Config,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    biases: bool = True,
+    qk_norms: bool = False,
+    out_bias: bool = False,
 ) -> Weights:
     """Weights so large that attention is far from uniform, and what a token sees decides its logits."""
-    extras = Extras(biases, out_bias=biases, qk_norms=qk_norms)
+    extras = Extras(biases, out_bias=out_bias, qk_norms=qk_norms)
     weights, places = empty_weights(config, dtype, "cpu", extras)
     fill_at_random(places, seed)
     return weights
