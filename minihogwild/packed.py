@@ -61,7 +61,8 @@ class EightBit:
         return self.unpack(torch.float64).cpu()
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        return self.codes.to(dtype) * self.scale[..., None].to(dtype)
+        exact_dtype = torch.promote_types(dtype, torch.float32)  # in float16 a small scale would lose its digits
+        return (self.codes.to(exact_dtype) * self.scale[..., None].to(exact_dtype)).to(dtype)
 
     def __getitem__(self, expert: int) -> "EightBit":
         return EightBit(self.codes[expert], self.scale[expert])
@@ -132,7 +133,7 @@ class FourBit:
     def prepare(self, dtype: torch.dtype) -> None:
         """Make what PyTorch's product wants beside the codes: w = (code - 8) * scale + shift, all in one dtype.
 
-        Both are rounded to it, as any weight of a model in 16 bits is.
+        Each is rounded to it by itself: in 16 bits a weight of exactly 0 becomes a fortieth of a scale, at most.
         """
         if self.scales_and_shifts is None or self.scales_and_shifts.dtype != dtype:
             shift = (8 - self.zero.float()) * self.scale.float()

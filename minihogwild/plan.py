@@ -42,8 +42,10 @@ def plan(model: str, dtype: str = "auto", context: int | None = None) -> str:
     for name, storage in ways.items():
         try:
             weights = bytes_of_weights(config, compute_dtype, storage)
-        except InputError:  # rows that no group of ours divides
-            continue
+        except InputError:
+            if not isinstance(storage, Rounded):
+                raise
+            continue  # rows that no group of ours divides
         room = [workers_on(card, weights, token_bytes) for card in CARDS]
         cells = [str(workers) if workers else "" for workers in room]
         lines.append(f"| {name} | {weights / 1e9:.1f} GB | " + " | ".join(cells) + " |")

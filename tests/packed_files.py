@@ -69,11 +69,15 @@ def awq(numbers: Numbers) -> dict[str, torch.Tensor]:
 
 
 def gptq(numbers: Numbers, version: str = "gptq") -> dict[str, torch.Tensor]:
-    less = 1 if version == "gptq" else 0
+    qzeros = pack_rows(numbers.zero).long()  # [G, N / 8]
+    if (
+        version == "gptq"
+    ):  # one less in each of the eight, by one subtraction from the word: 0 borrows from its neighbour
+        qzeros = (qzeros - 0x11111111 + 2**31) % 2**32 - 2**31
     E = numbers.codes.shape[1]
     return {
         "qweight": pack_rows(numbers.codes).T.contiguous(),  # [E / 8, N]
-        "qzeros": pack_rows((numbers.zero - less) % 16),  # [G, N / 8]
+        "qzeros": qzeros.to(torch.int32),
         "scales": numbers.scale,
         "g_idx": torch.tensor([e // numbers.group for e in range(E)], dtype=torch.int32),
     }

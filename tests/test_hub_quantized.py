@@ -89,7 +89,14 @@ def test_groups_of_128_and_scales_in_bfloat16(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("family", "biases", "qk_norms"),
-    [("llama", False, False), ("mistral", False, False), ("qwen2", True, False), ("qwen3", False, True)],
+    [
+        ("llama", False, False),
+        ("mistral", False, False),
+        ("qwen2", True, False),
+        ("qwen3", False, True),
+        ("seed_oss", True, False),
+        ("smollm3", False, False),
+    ],
 )
 @pytest.mark.parametrize("kind", ["awq", "gptq", "asymmetric"])
 def test_each_family(tmp_path, family, biases, qk_norms, kind):
@@ -118,6 +125,13 @@ def test_a_packed_head(tmp_path):
     weights = loaded(tmp_path, made)
     assert isinstance(weights.head, FourBit)
     assert_means(weights, made.meant, made.config)
+
+
+def test_the_newer_key_for_the_format_of_gptq(tmp_path):
+    made = pack(DENSE, "gptq_v2", 32)
+    settings = made.config["quantization_config"]
+    settings["format"] = settings.pop("checkpoint_format")
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
 def test_shards(tmp_path):
@@ -190,6 +204,9 @@ REFUSED = {
     "gptq, by module": (with_quantization("gptq", dynamic={"+:.*": {"bits": 8}}), "dynamic"),
     "not packed": (with_quantization("symmetric", format="float-quantized"), "format 'float-quantized'"),
     "of 8 bits": (with_quantization("symmetric", num_bits=8), "num_bits 8"),
+    "rotated": (with_quantization("symmetric", transform_config={"config_groups": {"R4": {}}}), "transform_config"),
+    "gptq by the newer key": (with_quantization("gptq", checkpoint_format=None, format="marlin"), "'marlin'"),
+    "gptq, two formats": (with_quantization("gptq", format="gptq_v2"), "contradicts"),
     "of floats": (with_quantization("symmetric", type="float"), "type 'float'"),
     "activations too": (with_quantization("symmetric", input_activations={"num_bits": 8}), "input_activations"),
     "by block": (with_quantization("symmetric", strategy="block"), "strategy 'block'"),

@@ -133,6 +133,14 @@ def test_a_product_in_eight_bits(dtype, N, E, rows):
     assert relative_difference(matrix.times(x), right - bias.double()) < EPSILON[dtype]
 
 
+def test_small_rows_keep_their_digits_in_float16():
+    """Their scales are below what float16 has digits for."""
+    matrix = empty_eight_bit(16, 64, torch.float32, "cpu")
+    matrix.fill(0, 5e-4 * torch.randn(16, 64))
+    exact = matrix.float64()
+    assert relative_difference(matrix.unpack(torch.float16), exact) < 5e-4
+
+
 def test_pytorchs_products_are_taken(monkeypatch):
     """Where they can be: else all the above would hold, slowly."""
     taken = []

@@ -97,6 +97,14 @@ def test_rows_that_cannot_be_rounded_have_no_line(tmp_path):
     assert list(rows_of(plan(str(tmp_path)))) == ["weights", "---", "as they are, float32", "`--quantize 8`"]
 
 
+def test_groups_that_do_not_divide_are_named(tmp_path):
+    packed = {"quant_method": "awq", "bits": 4, "group_size": 48}
+    write_json(tmp_path / "config.json", TINY | WIDE | {"quantization_config": packed})
+    code, out, err = said(generate.main, "--model", tmp_path, "--plan")
+    assert (code, out) == (2, "")
+    assert "64 inputs are no multiple of the group size 48" in err
+
+
 def test_the_command_reads_nothing_but_config_json(tmp_path, monkeypatch):
     """Of a hub repository too."""
     write_json(tmp_path / "config.json", QWQ)

@@ -21,6 +21,7 @@ WORDS = ("I32",)  # of 32 bits: eight codes
 SIZES = ("I64", "I32")
 
 CODES_IN_A_WORD = 8
+ONE_IN_EACH = 0x11111111
 GROUPS = (128, 64, 32)  # columns that share a scale, where we choose: the first that divides the row
 
 
@@ -229,12 +230,16 @@ class Gptq:
             ),
             "qzeros": Turned(
                 [groups, N // CODES_IN_A_WORD],
-                lambda words: rows.take_zero(nibbles_of(words).flatten(1) + self.zero_is_less_one & HIGHEST_CODE_OF_4),
+                lambda words: rows.take_zero(nibbles_of(self._true_zeros(words)).flatten(1)),
                 WORDS,
             ),
             "scales": Turned([groups, N], rows.take_scale),
             "g_idx": Turned([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
         }
+
+    def _true_zeros(self, words: Tensor) -> Tensor:
+        """Writers take one off each of a word's eight at once, so that a zero point of 0 borrows from its neighbour."""
+        return words + ONE_IN_EACH if self.zero_is_less_one else words
 
 
 @dataclass
@@ -398,7 +403,10 @@ def gptq_format(given: dict) -> Gptq:
     require_only(given, "bits", 4)
     require_only(given, "dynamic", {})
     require_only(given, "is_marlin_format", False)
-    version = given.get("checkpoint_format", "gptq")
+    older_key = given.get("checkpoint_format", "gptq")
+    version = given.get("format", older_key)
+    same = "checkpoint_format" not in given or version == older_key
+    require(same, f"format {version!r} contradicts checkpoint_format {older_key!r}")
     require(version in ("gptq", "gptq_v2"), f"checkpoint_format {version!r} is not supported ('gptq', 'gptq_v2' are)")
     return Gptq(group_size(given, "group_size"), zero_is_less_one=version == "gptq")
 
@@ -406,6 +414,7 @@ def gptq_format(given: dict) -> Gptq:
 def compressed_tensors_format(given: dict) -> CompressedTensors:
     require_only(given, "format", "pack-quantized")
     require_only(given, "kv_cache_scheme", {})
+    require_only(given, "transform_config", {})  # rotations of what the weights are multiplied by
     sparsity = given.get("sparsity_config", {})
     is_dense = sparsity == {} or (isinstance(sparsity, dict) and sparsity.get("format") == "dense")
     require(is_dense, "sparsity_config is not supported")
