@@ -30,6 +30,7 @@ from minihogwild.hub.checkpoint import Extras, empty_weights
 from minihogwild.hub.quantized import Awq, Packed, Plain, Rounded
 from minihogwild.model import step_on_device
 from minihogwild.packed import EightBit, FourBit
+from minihogwild.plan import bytes_of_token
 from minihogwild.weights import Dense, Matrix
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -82,7 +83,7 @@ def main() -> None:
 
     speed = copy_speed(device)
     weight_bytes = bytes_read_of(weights)
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    token_bytes = bytes_of_token(config, dtype)
     print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}, {options.weights}")
     print(f"copy speed {speed / 1e9:.0f} GB/s; a step reads {weight_bytes / 1e9:.3f} GB of weights, ", end="")
     print(f"{token_bytes} bytes a token\n")

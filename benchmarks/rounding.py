@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minihogwild import Cache, Model, load, step
+from minihogwild.scoring import read_problems
 
 PROBLEMS = Path(__file__).parents[1] / "examples/problems/held-back.jsonl"
 
@@ -28,8 +29,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="problems (default: 20)")
     parser.add_argument("--tokens", type=int, default=60, help="of each answer (default: 60)")
     options = parser.parse_args()
-    lines = options.problems.read_text("utf-8").splitlines()[: options.count]
-    problems = [json.loads(line)["problem"] for line in lines]
+    problems = [problem.text for problem in read_problems(options.problems)[: options.count]]
 
     model = load(options.model, device="cpu")
     whole = Answers(model, problems)

@@ -16,7 +16,8 @@ from torch import Tensor
 from .commands import Parser, run_command
 from .errors import refusing, require
 from .files import require_file
-from .replay import advance_lengths, dtype_name, read_schedule, tensor_name
+from .replay import advance_lengths, read_schedule, tensor_name
+from .weights import name_of_dtype
 
 # ---- what is special about a step
 
@@ -163,7 +164,8 @@ def require_logits(name: str, ours: Tensor, theirs: Tensor, workers: int) -> Non
     """Raise InputError unless both are [workers, V]: floating-point numbers, in whatever dtype."""
     is_table = ours.dim() == 2 and len(ours) == workers
     are_numbers = ours.is_floating_point() and theirs.is_floating_point()
-    found = f"ours is {list(ours.shape)} {dtype_name(ours)}, theirs {list(theirs.shape)} {dtype_name(theirs)}"
+    our_dtype, their_dtype = name_of_dtype(ours.dtype), name_of_dtype(theirs.dtype)
+    found = f"ours is {list(ours.shape)} {our_dtype}, theirs {list(theirs.shape)} {their_dtype}"
     right = is_table and ours.shape == theirs.shape and are_numbers
     require(right, f"{name} must be logits of [{workers}, V]: {found}")
 

@@ -33,12 +33,13 @@ from .commands import (
     spare_threads,
 )
 from .errors import refusing, require
-from .files import require_all_writable
+from .files import require_all_writable, target_of
 from .hub import Model, fetch, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .scoring import HAS_MATH_VERIFY, PartsFound, Problem, asked, joined, read_problems, repeats, share_right
 from .show.results import Progress, draw, table
+from .weights import name_of_dtype
 from .workers import MOST_WORKERS, Run, drive_together, prompt_text
 
 BEGINNING = b'{"evaluated": {'  # of a file of results
@@ -177,7 +178,7 @@ def description_of(options: argparse.Namespace, model: Model, words: Prompts, pr
     description = {
         "model": model.folder.resolve().name if is_folder else model.name,  # a folder may be moved
         "config": hashlib.sha256((model.folder / "config.json").read_bytes()).hexdigest()[:16],
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of_dtype(model.dtype),
         "device": model.device.type,
         "kernels": options.kernels,
         "problems": hashlib.sha256(options.problems.read_bytes()).hexdigest()[:16],
@@ -300,7 +301,7 @@ class Results:
             require_same(lines[0]["evaluated"], json.loads(json.dumps(description)), path)
 
     def __enter__(self) -> "Results":
-        target = Path(os.path.realpath(self.path))
+        target = target_of(self.path)
         self.file = target.open("r+b" if target.exists() else "xb")
         self.file.truncate(len(self.whole_lines))
         self.file.seek(0, os.SEEK_END)

@@ -19,6 +19,11 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def read_json_if_there(path: Path) -> dict:
+    """The same; an empty object where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def require_file(path: Path) -> None:
     """Raise InputError for a pipe or a device: it may wait for ever, or never end. (What is missing, a reader says.)"""
     require(path.is_file() or not path.exists(), "it is not a file")
@@ -29,14 +34,15 @@ def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:
 
     Asked before the work begins: afterwards it would be lost.
     """
+    target = target_of(path)
     if is_stream(path):
         writable = os.access(path, os.W_OK)
     else:
-        folder_takes_files = os.access(f"{target_of(path).parent}/", os.W_OK)
-        writable = folder_takes_files and is_file_or_nothing(target_of(path))
+        folder_takes_files = os.access(f"{target.parent}/", os.W_OK)
+        writable = folder_takes_files and is_file_or_nothing(target)
     require(writable, f"{option} {path}: no file can be written there")
     others = [target_of(other) for other in taken]
-    require(target_of(path) not in others, f"{option} {path}: this command reads or writes that file already")
+    require(target not in others, f"{option} {path}: this command reads or writes that file already")
 
 
 def target_of(path: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import Matrix
+from .weights import Matrix, with_bias
 
 # Up to how many rows of x PyTorch's products are faster than to unpack the matrix. They are made for bfloat16: then the
 # 8-bit one has this limit, and the 4-bit one none. Of other dtypes the 4-bit one alone is of use, for a few rows.
@@ -54,7 +54,7 @@ class EightBit:
         is_faster = x.dtype == self.scale.dtype == torch.bfloat16 and len(x) <= ROWS_IN_EIGHT_BITS
         if x.device.type == "cpu" and has_whole_tiles and is_faster:
             product = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
-            return product if bias is None else product + bias
+            return with_bias(product, bias)
         return F.linear(x, self.unpack(x.dtype), bias)
 
     def float64(self) -> Tensor:
@@ -86,108 +86,7 @@ def empty_eight_bit(
     return EightBit(codes, torch.ones(*stack, N, dtype=dtype, device=device))
 
 
-# ---- 4 bits
-
-
-@dataclass
-class FourBit:
-    """w[n, e] = (code[n, e] - zero[e // group, n]) * scale[e // group, n], for codes from 0 to 15.
-
-    N and E are rounded up to what the layout of the codes holds; nobody reads what is there.
-    """
-
-    codes: Tensor  # in the order of `layout`; with one axis more, X, in a stack
-    scale: Tensor  # [E / group, N], or [X, E / group, N]
-    zero: Tensor  # uint8, of the same shape
-    layout: "BlocksOfRows | Tiles"
-    shape: tuple[int, int]  # (N, E), not rounded
-    scales_and_shifts: Tensor | None = None  # for PyTorch's product, when it has been asked for: see `prepare`
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
-
-    @property
-    def group(self) -> int:
-        """Columns that share a scale."""
-        return self.shape[1] // self.scale.shape[-2]
-
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type == "cpu" and self.suits_pytorch(x):
-            return self.times_by_pytorch(x, bias)
-        return F.linear(x, self.unpack(x.dtype), bias)
-
-    def suits_pytorch(self, x: Tensor) -> bool:
-        right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
-        is_faster = x.dtype == torch.bfloat16 or len(x) <= ROWS_OF_OTHER_DTYPES
-        return right_order and is_faster and x.dtype != torch.float64
-
-    def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        self.prepare(x.dtype)
-        blocks, E, half = self.codes.shape
-        codes = self.codes.view(blocks * 2 * half, E // 2)  # the shape that it asks for; the same bytes
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, self.scales_and_shifts)
-        product = product[:, : self.shape[0]]
-        return product if bias is None else product + bias
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Make what PyTorch's product wants beside the codes: w = (code - 8) * scale + shift, all in one dtype.
-
-        Each is rounded to it by itself: in 16 bits a weight of exactly 0 becomes a fortieth of a scale, at most.
-        """
-        if self.scales_and_shifts is None or self.scales_and_shifts.dtype != dtype:
-            shift = (8 - self.zero.float()) * self.scale.float()
-            self.scales_and_shifts = torch.stack((self.scale.to(dtype), shift.to(dtype)), -1)  # [E / group, N, 2]
-
-    def float64(self) -> Tensor:
-        is_stack = self.scale.dim() == 3
-        if is_stack:
-            return torch.stack([expert.float64() for expert in self.experts])
-        return self.unpack(torch.float64).cpu()
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, E]."""
-        N, E = self.shape
-        exact_dtype = torch.promote_types(dtype, torch.float32)
-        codes = self.layout.unpack(self.codes)[:N, :E].unflatten(1, (-1, self.group))  # [N, E / group, group]
-        zero, scale = (part[:, :N].T[..., None].to(exact_dtype) for part in (self.zero, self.scale))
-        return ((codes.to(exact_dtype) - zero) * scale).to(dtype).flatten(1)
-
-    def __getitem__(self, expert: int) -> "FourBit":
-        return self.experts[expert]
-
-    @functools.cached_property
-    def experts(self) -> list["FourBit"]:
-        """Of a stack, each matrix: kept, since each keeps what it has prepared."""
-        return [FourBit(*parts, self.layout, self.shape) for parts in zip(self.codes, self.scale, self.zero)]
-
-    def fill_codes(self, start: int, codes: Tensor) -> None:
-        """Put codes [n, E], uint8, at row `start`. Each row is filled once, after `empty_four_bit`."""
-        self.layout.fill(self.codes, start, codes.to(self.codes.device))
-
-    def fill(self, start: int, weight: Tensor) -> None:
-        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 16 that its group can have."""
-        for first, some in in_few_rows(start, weight):
-            some = some.to(self.scale.device, torch.float32).unflatten(1, (-1, self.group))  # [n, E / group, group]
-            rows = slice(first, first + len(some))
-            lowest = some.amin(2).clamp_max(0)  # so that 0 itself is one of the 16
-            highest = some.amax(2).clamp_min(0)
-            self.scale[:, rows] = ((highest - lowest) / HIGHEST_CODE_OF_4).clamp_min(SMALLEST).T
-            scale = self.scale[:, rows].T.float()  # as it has been stored, rounded
-            zero = (-lowest / scale).round().clamp(0, HIGHEST_CODE_OF_4)
-            codes = (some / scale[..., None]).round() + zero[..., None]
-            self.zero[:, rows] = zero.T.to(torch.uint8)
-            self.fill_codes(first, codes.clamp(0, HIGHEST_CODE_OF_4).flatten(1).to(torch.uint8))
-
-
-def empty_four_bit(
-    N: int, E: int, group: int, dtype: torch.dtype, device: torch.device | str, stack: tuple[int, ...] = ()
-) -> FourBit:
-    """`dtype` is that of the scale; `stack` is (X,) for a matrix of each expert, else ()."""
-    layout = layout_for(torch.device(device))
-    codes, rows = layout.empty(N, E, device, stack)
-    scale = torch.zeros(*stack, E // group, rows, dtype=dtype, device=device)
-    return FourBit(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), layout, (N, E))
+# ---- 4 bits: in which order the codes lie
 
 
 @dataclass(frozen=True)
@@ -253,14 +152,17 @@ class Tiles:
         return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def layout_for(device: torch.device) -> BlocksOfRows | Tiles:
+Layout = BlocksOfRows | Tiles
+
+
+def layout_for(device: torch.device) -> Layout:
     if device.type == "cuda":
         return Tiles()
     return layout_of_pytorch()
 
 
 @functools.cache
-def layout_of_pytorch() -> BlocksOfRows | Tiles:
+def layout_of_pytorch() -> Layout:
     """The order of codes that PyTorch's product on this CPU wants, if we know it; else any.
 
     It depends on the width of the CPU's registers, and nothing tells it: so some codes are packed, and looked at.
@@ -278,6 +180,110 @@ def layout_of_pytorch() -> BlocksOfRows | Tiles:
     return Tiles()
 
 
+# ---- 4 bits: the matrix
+
+
+@dataclass
+class FourBit:
+    """w[n, e] = (code[n, e] - zero[e // group, n]) * scale[e // group, n], for codes from 0 to 15.
+
+    N and E are rounded up to what the layout of the codes holds; nobody reads what is there.
+    """
+
+    codes: Tensor  # in the order of `layout`; with one axis more, X, in a stack
+    scale: Tensor  # [E / group, N], or [X, E / group, N]
+    zero: Tensor  # uint8, of the same shape
+    layout: Layout
+    shape: tuple[int, int]  # (N, E), not rounded
+    scales_and_shifts: Tensor | None = None  # for PyTorch's product, when it has been asked for: see `prepare`
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.shape[1] // self.scale.shape[-2]
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type == "cpu" and self.suits_pytorch(x):
+            return self.times_by_pytorch(x, bias)
+        return F.linear(x, self.unpack(x.dtype), bias)
+
+    def suits_pytorch(self, x: Tensor) -> bool:
+        right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
+        is_faster = x.dtype == torch.bfloat16 or len(x) <= ROWS_OF_OTHER_DTYPES
+        return right_order and is_faster and x.dtype != torch.float64
+
+    def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        self.prepare(x.dtype)
+        blocks, E, half = self.codes.shape
+        codes = self.codes.view(blocks * 2 * half, E // 2)  # the shape that it asks for; the same bytes
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, self.scales_and_shifts)
+        product = product[:, : self.shape[0]]
+        return with_bias(product, bias)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make what PyTorch's product wants beside the codes: w = (code - 8) * scale + shift, all in one dtype.
+
+        Each is rounded to it by itself: in 16 bits a weight of exactly 0 becomes a fortieth of a scale, at most.
+        """
+        if self.scales_and_shifts is None or self.scales_and_shifts.dtype != dtype:
+            shift = (8 - self.zero.float()) * self.scale.float()
+            self.scales_and_shifts = torch.stack((self.scale.to(dtype), shift.to(dtype)), -1)  # [E / group, N, 2]
+
+    def float64(self) -> Tensor:
+        is_stack = self.scale.dim() == 3
+        if is_stack:
+            return torch.stack([expert.float64() for expert in self.experts])
+        return self.unpack(torch.float64).cpu()
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, E]."""
+        N, E = self.shape
+        exact_dtype = torch.promote_types(dtype, torch.float32)
+        codes = self.layout.unpack(self.codes)[:N, :E].unflatten(1, (-1, self.group))  # [N, E / group, group]
+        zero, scale = (part[:, :N].T[..., None].to(exact_dtype) for part in (self.zero, self.scale))
+        return ((codes.to(exact_dtype) - zero) * scale).to(dtype).flatten(1)
+
+    def __getitem__(self, expert: int) -> "FourBit":
+        return self.experts[expert]
+
+    @functools.cached_property
+    def experts(self) -> list["FourBit"]:
+        """Of a stack, each matrix: kept, since each keeps what it has prepared."""
+        return [FourBit(*parts, self.layout, self.shape) for parts in zip(self.codes, self.scale, self.zero)]
+
+    def fill_codes(self, start: int, codes: Tensor) -> None:
+        """Put codes [n, E], uint8, at row `start`. Each row is filled once, after `empty_four_bit`."""
+        self.layout.fill(self.codes, start, codes.to(self.codes.device))
+
+    def fill(self, start: int, weight: Tensor) -> None:
+        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 16 that its group can have."""
+        for first, some in in_few_rows(start, weight):
+            some = some.to(self.scale.device, torch.float32).unflatten(1, (-1, self.group))  # [n, E / group, group]
+            rows = slice(first, first + len(some))
+            lowest = some.amin(2).clamp_max(0)  # so that 0 itself is one of the 16
+            highest = some.amax(2).clamp_min(0)
+            self.scale[:, rows] = ((highest - lowest) / HIGHEST_CODE_OF_4).clamp_min(SMALLEST).T
+            scale = self.scale[:, rows].T.float()  # as it has been stored, rounded
+            zero = (-lowest / scale).round().clamp(0, HIGHEST_CODE_OF_4)
+            codes = (some / scale[..., None]).round() + zero[..., None]
+            self.zero[:, rows] = zero.T.to(torch.uint8)
+            self.fill_codes(first, codes.clamp(0, HIGHEST_CODE_OF_4).flatten(1).to(torch.uint8))
+
+
+def empty_four_bit(
+    N: int, E: int, group: int, dtype: torch.dtype, device: torch.device | str, stack: tuple[int, ...] = ()
+) -> FourBit:
+    """`dtype` is that of the scale; `stack` is (X,) for a matrix of each expert, else ()."""
+    layout = layout_for(torch.device(device))
+    codes, rows = layout.empty(N, E, device, stack)
+    scale = torch.zeros(*stack, E // group, rows, dtype=dtype, device=device)
+    return FourBit(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), layout, (N, E))
+
+
 # ---- matrices of several kinds
 
 
@@ -293,7 +299,7 @@ class Stacked:
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         product = torch.cat([part.times(x) for part in self.parts], -1)
-        return product if bias is None else product + bias
+        return with_bias(product, bias)
 
     def float64(self) -> Tensor:
         return torch.cat([part.float64() for part in self.parts])

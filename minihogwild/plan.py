@@ -11,11 +11,12 @@ from .hub.checkpoint import empty_weights
 from .hub.config_json import parse_config
 from .hub.loading import choose_dtype, dtype_of
 from .hub.quantized import Packed, Plain, Rounded, Storage, format_of
+from .weights import name_of_dtype
+from .workers import MOST_WORKERS
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB of a card, of 2**30 bytes as its makers count
 TOKENS = 16384  # that each worker has written
 RESERVED = 2**30  # bytes of a card for the driver, and for what a step computes
-MOST_WORKERS = 16
 
 
 def plan(model: str, dtype: str = "auto", context: int | None = None) -> str:
@@ -24,9 +25,9 @@ def plan(model: str, dtype: str = "auto", context: int | None = None) -> str:
     config = parse_config(settings, context)
     format = format_of(settings)
     compute_dtype = choose_dtype(dtype_of(settings, folder=None) if dtype == "auto" else dtype)
-    dtype_name = str(compute_dtype).removeprefix("torch.")
     if format is None:
-        ways = {f"as they are, {dtype_name}": Plain(), "`--quantize 8`": Rounded(8), "`--quantize 4`": Rounded(4)}
+        as_they_are = f"as they are, {name_of_dtype(compute_dtype)}"
+        ways = {as_they_are: Plain(), "`--quantize 8`": Rounded(8), "`--quantize 4`": Rounded(4)}
     else:
         ways = {f"as they are, {format.name}": Packed(format, ["lm_head.weight"], torch.float16)}
 

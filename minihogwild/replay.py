@@ -35,6 +35,7 @@ from .files import read_json, require_writable, write_whole
 from .hub import Model, load
 from .model import step
 from .oracle import Oracle
+from .weights import name_of_dtype
 
 # What a schedule says of each kind of event
 KEYS = {
@@ -193,11 +194,7 @@ def digest(logits: Tensor) -> str:
     """dtype and hash of logits: equal where they are equal bit for bit."""
     data = logits.cpu().contiguous().view(torch.uint8).numpy()
     hashed = hashlib.sha256(data).hexdigest()
-    return f"{dtype_name(logits)}:{hashed[:16]}"
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return f"{name_of_dtype(logits.dtype)}:{hashed[:16]}"
 
 
 class DigestCheck:
@@ -219,7 +216,7 @@ class DigestCheck:
         if not isinstance(recorded, str):
             return
         recorded_dtype = recorded.split(":")[0]
-        if recorded_dtype != dtype_name(logits):
+        if recorded_dtype != name_of_dtype(logits.dtype):
             return
         self.checked += 1
         if recorded != digest(logits) and self.first_different is None:

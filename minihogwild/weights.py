@@ -32,6 +32,10 @@ class Matrix(Protocol):
         """One expert's matrix, of a stack."""
 
 
+def with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias
+
+
 @dataclass
 class Dense:
     """A matrix stored as it is: one number for each entry, in the dtype that the model computes in."""
@@ -46,8 +50,7 @@ class Dense:
         on_cpu = x.device.type == "cpu"
         if on_cpu and CPU_HAS_ONLY_AVX2 and x.dtype == torch.float32:
             # As W xᵀ, four rows of x cost no more than one; as x Wᵀ, twice as much.
-            product = (self.tensor @ x.T).T.contiguous()
-            return product if bias is None else product + bias
+            return with_bias((self.tensor @ x.T).T.contiguous(), bias)
         return F.linear(x, self.tensor, bias)
 
     def float64(self) -> Tensor:
@@ -92,3 +95,8 @@ class Weights:
         shares_embed = isinstance(self.head, Dense) and self.head.tensor is self.embed
         head = 0 if shares_embed else self.head.nbytes
         return self.embed.nbytes + sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + head
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """As options and files spell it: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")

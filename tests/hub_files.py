@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from minihogwild import InputError
 from minihogwild.hub import Tokenizer
+from minihogwild.hub import tokenizer as tokenizer_module
+from minihogwild.hub.render_template import render
 
 CPU = torch.device("cpu")
 TINY = {
@@ -350,3 +353,14 @@ HOSTILE = st.lists(st.sampled_from(CONTROL) | PIECES | TEXT, min_size=1, max_siz
 
 def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.control.values()]
+
+
+# ---- templates
+
+
+def in_this_process(template: str, special_tokens: dict[str, str], prompts: list[str]) -> list[str]:
+    return render(template, special_tokens, prompts, allowed=2**20)
+
+
+# For many examples: templates are rendered in this process, not each in one of its own
+here = patch.object(tokenizer_module, "render_chat", in_this_process)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from hub_files import BYTE_LEVEL, PROMPTS, SPM, Theirs, build, refusal, save, write_json
+from hub_files import BYTE_LEVEL, PROMPTS, SPM, Theirs, build, here, refusal, save, write_json
 from tokenizers import AddedToken
 
 from minihogwild.hub import Tokenizer
-from minihogwild.hub import tokenizer as tokenizer_module
-from minihogwild.hub.render_template import render
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -36,13 +33,6 @@ WORDS = [
     "don't",
     "日本",
 ]  # added, ordinary, and written by nobody
-
-
-def in_this_process(template: str, special_tokens: dict[str, str], prompts: list[str]) -> list[str]:
-    return render(template, special_tokens, prompts, allowed=2**20)
-
-
-here = patch.object(tokenizer_module, "render_chat", in_this_process)
 
 
 def with_words(style: str):

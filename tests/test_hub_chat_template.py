@@ -20,6 +20,7 @@ from hub_files import (
     Theirs,
     build,
     control_ids,
+    here,
     pair,
     refusal,
     save,
@@ -30,16 +31,6 @@ from tokenizers import AddedToken
 
 from minihogwild.hub import Tokenizer, render_template
 from minihogwild.hub import tokenizer as tokenizer_module
-from minihogwild.hub.render_template import render
-
-
-def in_this_process(template: str, special_tokens: dict[str, str], prompts: list[str]) -> list[str]:
-    return render(template, special_tokens, prompts, allowed=2**20)
-
-
-# For many examples: templates are rendered in this process, not each in one of its own
-here = patch.object(tokenizer_module, "render_chat", in_this_process)
-
 
 # ---- templates as found on the hub
 

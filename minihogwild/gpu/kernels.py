@@ -18,7 +18,7 @@ from ..attention import LayerCache, Plan, Positions, rotate_for_each_block
 from ..backend import PyTorchBackend
 from ..config import Config
 from ..packed import EightBit, FourBit, Stacked, Tiles
-from ..weights import Dense, Matrix
+from ..weights import Dense, Matrix, with_bias
 from .recorded import RecordedSteps
 
 SHARED_MEMORY = 0  # bytes that one program may have
@@ -41,7 +41,7 @@ class TritonBackend(PyTorchBackend):
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Stacked):
             product = torch.cat([self.linear(x, part) for part in weight.parts], -1)
-            return product if bias is None else product + bias
+            return with_bias(product, bias)
         few_rows = len(x) <= COLUMNS
         half_precision = x.dtype.itemsize == 2
         if half_precision and isinstance(weight, FourBit) and suits_kernel(weight):
@@ -93,9 +93,7 @@ def total_of(sums: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: tor
     total = sum(sums.unbind())
     if scale is not None:
         total = total * scale
-    if bias is not None:
-        total = total + bias
-    return total.to(dtype)
+    return with_bias(total, bias).to(dtype)
 
 
 @triton.jit(do_not_specialize=["T"])  # else it is compiled anew for 1 and 16
@@ -172,16 +170,18 @@ def _linear_in_four_bit(
         sum_of_x = tl.zeros([ROWS, COLUMNS], tl.float32)
         for half in tl.static_range(2):
             for number in tl.static_range(4):
-                first = tile * 128 + half * 64 + number * 16
-                e = first + j
+                in_tile = half * 64 + number * 16
+                e = tile * 128 + in_tile + j
                 y = tl.load(x + t * E + e[:, None], mask=(t < T) & (e[:, None] < E), other=0.0)  # [16, COLUMNS]
                 # Two at a time: one in the lower half of each word, one in the upper
                 pair = (word >> 4 * number) & 0x000F000F | exponents
                 code = (pair >> 16 * half).to(tl.int16).to(y.dtype, bitcast=True)
                 of_group = tl.dot(code, y, of_group)
                 sum_of_x = tl.dot(ones, y, sum_of_x)
-                if (half * 64 + number * 16 + 16) % GROUP == 0:
-                    at = tl.minimum(first // group, GROUPS - 1) * ROOM + n  # past E there is no group, and x is 0
+                ends_group = (in_tile + 16) % GROUP == 0
+                if ends_group:
+                    g = tl.minimum((tile * 128 + in_tile) // group, GROUPS - 1)  # past E is no group, and x is 0
+                    at = g * ROOM + n
                     z = tl.load(zero + at, mask=inside, other=0).to(tl.float32) + OFFSET
                     s = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
                     total += (of_group - z[:, None] * sum_of_x) * s[:, None]

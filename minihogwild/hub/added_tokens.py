@@ -9,13 +9,11 @@ from pathlib import Path
 import tokenizers
 
 from ..errors import refusing, require
-from ..files import read_json
+from ..files import read_json_if_there
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LISTS = (
-    "additional_special_tokens",
-    "extra_special_tokens",
-)  # of further special tokens: the older name, and the newer
+# Lists of further special tokens: the older name, and the newer
+LISTS = ("additional_special_tokens", "extra_special_tokens")
 DECODER = "added_tokens_decoder"
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
@@ -25,7 +23,7 @@ def read_added_tokens(folder: Path, data: dict) -> tuple[list[dict], dict[str, s
 
     `data` is tokenizer.json. Tokens that only another file lists come last, in the order of their ids.
     """
-    settings = read_if_there(folder / "tokenizer_config.json")
+    settings = read_json_if_there(folder / "tokenizer_config.json")
     tokens = {token["content"]: dict(token) for token in data.get("added_tokens") or []}
     listed = {}
     if DECODER in settings:
@@ -33,27 +31,21 @@ def read_added_tokens(folder: Path, data: dict) -> tuple[list[dict], dict[str, s
             for number, token in settings[DECODER].items():
                 listed[token["content"]] = PLAIN | token | {"id": int(number)}
     else:
-        settings = settings | read_if_there(folder / "special_tokens_map.json")
+        settings = settings | read_json_if_there(folder / "special_tokens_map.json")
         path = folder / "added_tokens.json"
-        for content, number in read_if_there(path).items():
+        for content, number in read_json_if_there(path).items():
             require(type(number) is int, f"{path}: the id of {content!r} must be a whole number, not {number!r}")
             listed[content] = PLAIN | {"content": content, "id": number}
     for content, token in sorted(listed.items(), key=lambda item: item[1]["id"]):
         known = tokens.get(content, token)
-        require(
-            known["id"] == token["id"],
-            f"{folder}: {content!r} is token {token['id']} in one file, {known['id']} in another",
-        )
+        one, other = token["id"], known["id"]
+        require(one == other, f"{folder}: {content!r} is token {one} in one file, {other} in another")
         tokens[content] = known | token
     names = special_tokens_in(settings)
     for content in [names[name] for name in NAMED if name in names] + further_special_tokens(settings):
         # The id of one that is not listed is not known yet: it may stand in the vocabulary
         tokens.setdefault(content, PLAIN | {"content": content, "id": None, "normalized": False})["special"] = True
     return list(tokens.values()), names
-
-
-def read_if_there(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
 
 
 def special_tokens_in(settings: dict) -> dict[str, str]:
@@ -97,9 +89,6 @@ def with_ids(tokens: list[dict], tokenizer: tokenizers.Tokenizer) -> list[dict]:
 def require_ids(tokens: list[dict], tokenizer: tokenizers.Tokenizer) -> None:
     """Raise InputError where a token would not have the id that a file gives it: the library numbers them in a row."""
     for token in tokens:
-        number = tokenizer.token_to_id(token["content"])
-        listed = token["id"]
-        require(
-            number == listed,
-            f"{token['content']!r} is listed as token {listed}, but would be {number}: ids are missing",
-        )
+        content, listed = token["content"], token["id"]
+        number = tokenizer.token_to_id(content)
+        require(number == listed, f"{content!r} is listed as token {listed}, but would be {number}: ids are missing")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError, refusing, require
-from ..files import read_json, require_file
+from ..files import read_json_if_there, require_file
 
 PROGRAM = Path(__file__).with_name("render_template.py")
 SECONDS = 10  # that a template may take
@@ -53,7 +53,7 @@ def read_chat_template(folder: Path) -> str | None:
             require_file(own_file)
             return own_file.read_text("utf-8")
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = read_json_if_there(path)
     with refusing(f"{path}: chat_template"):
         return default_template(settings.get("chat_template"))
 

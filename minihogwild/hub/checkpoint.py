@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
 from ..files import read_json, require_file
-from ..weights import Dense, Layer, Matrix, Weights
+from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
 from .progress import Bar
 from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
@@ -140,9 +140,8 @@ def empty_weights(
     norm = allocate({"model.norm.weight": [E]})
     if not config.tie_word_embeddings:
         head = allocate_matrix({HEAD: [V, E]})
-    elif isinstance(
-        storage, Rounded
-    ):  # the head has a rounded copy: a step reads all of it, and of the embedding few rows
+    elif isinstance(storage, Rounded):
+        # The head is a rounded copy: a step reads all of it, and of the embedding a few rows.
         head, filled = storage.allocate({HEAD: [V, E]}, (), dtype, device)
         places[EMBEDDING] = both(embed, filled[HEAD])
     else:
@@ -206,7 +205,7 @@ def load_weights(
     planned, expected = empty_weights(config, dtype, "meta", extras, storage)
     require_the_same_tensors(expected, stored)
 
-    stored_as = storage.name or str(dtype).removeprefix("torch.")
+    stored_as = storage.name or name_of_dtype(dtype)
     with allocating(planned.nbytes, f"{model}'s weights in {stored_as}", device):
         weights, places = empty_weights(config, dtype, device, extras, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
@@ -247,9 +246,8 @@ def require_weights(path: Path) -> None:
     """Raise InputError where something else lies in a file's place that is often found there."""
     if not path.exists():
         pickled = sorted(other.name for other in path.parent.glob("pytorch_model*.bin"))
-        require(
-            not pickled, f"there is only {', '.join(pickled)}: convert it to safetensors, nothing is unpickled here"
-        )
+        names = ", ".join(pickled)
+        require(not pickled, f"there is only {names}: convert it to safetensors, nothing is unpickled here")
         return  # whoever opens it says that it is missing
     require_file(path)
     with path.open("rb") as file:
@@ -259,10 +257,11 @@ def require_weights(path: Path) -> None:
 
 def stored_dtype(folder: Path) -> str | None:
     """The dtype of a checkpoint's embedding, by PyTorch's name; None where it has none."""
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     stored = find_tensors(folder)
     embedding = stored.get(EMBEDDING) or stored.get(HEAD)
-    return None if embedding is None else names.get(embedding.dtype)
+    if embedding is None or embedding.dtype not in FLOATS:
+        return None
+    return name_of_dtype(FLOATS[embedding.dtype])
 
 
 def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:

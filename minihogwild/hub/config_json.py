@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..config import Config, LayerKind, Rope
 from ..errors import refusing, require
-from ..files import read_json
+from ..files import read_json_if_there
 from ..sampling import Sampling
 
 logger = logging.getLogger("minihogwild")
@@ -199,7 +199,6 @@ HARMLESS_SETTINGS = {
         "unk_token_id",
     ],
     "seen from the tensors": ["attention_bias", "attention_out_bias", "qkv_bias", "use_qk_norm", "qk_norm"],
-    "read elsewhere": ["sliding_window", "max_window_layers", "layer_types"],
 }
 # What older files say of generation, which generation_config.json has now
 GENERATION_IN_CONFIG = [
@@ -295,13 +294,12 @@ def smallest_window(name: str, settings: dict) -> int | None:
         window = None
     layers = settings["num_hidden_layers"]
     layer_types = settings.get("layer_types")
-    if layer_types is None and window is not None and name in ("qwen2", "qwen3"):
-        first = settings.get("max_window_layers")
+    if layer_types is None:
+        first = settings.get("max_window_layers")  # of two families' layers: those before it see everything
         if first is None:
             first = 28
-        layer_types = ["full_attention"] * first + ["sliding_attention"] * layers
-    if layer_types is None:
-        return window
+        no_layer_has_it = name in ("qwen2", "qwen3") and first >= layers
+        return None if no_layer_has_it else window
     if "sliding_attention" not in layer_types[:layers]:
         return None
     return window or 0  # some layer has one, though nothing says how long it is
@@ -434,7 +432,7 @@ def read_generation_defaults(folder: Path, config: dict) -> tuple[Sampling, froz
     `config` is config.json, which gives the ids where generation_config.json is silent.
     """
     path = folder / "generation_config.json"
-    given = without_nulls(read_json(path)) if path.exists() else {}
+    given = without_nulls(read_json_if_there(path))
     warn_of_what_is_lacking(given)
     sampling = Sampling()  # greedy
     if given.get("do_sample"):

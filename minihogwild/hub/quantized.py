@@ -4,6 +4,7 @@ Three formats of packed checkpoints are read, each with 4 bits: AWQ (version gem
 pack-quantized. For each, a few lines say which tensors stand for one matrix, and how they become a FourBit.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import refusing, require
-from ..packed import HIGHEST_CODE_OF_4, EightBit, FourBit, Stacked, empty_eight_bit, empty_four_bit
+from ..packed import HIGHEST_CODE_OF_4, FourBit, Stacked, empty_eight_bit, empty_four_bit
 from ..weights import Dense, Matrix
 
 # safetensors' names of dtypes
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = ("I32",)  # of 32 bits: eight codes
 SIZES = ("I64", "I32")
 
@@ -40,7 +41,7 @@ class Turned:
 
     shape: list[int]
     copy_: Callable[[Tensor], object]
-    dtypes: tuple[str, ...] = FLOATS  # safetensors' names of those that it may come in
+    dtypes: Collection[str] = tuple(FLOATS)  # safetensors' names of those that it may come in
 
 
 class Storage(Protocol):
@@ -65,13 +66,11 @@ class Plain:
     name: str = ""
 
     def allocate(self, shapes, stack, dtype, device):
-        rows = [N for N, _ in shapes.values()]
-        [E] = {E for _, E in shapes.values()}
-        whole = torch.empty(sum(rows), E, dtype=dtype, device=device)
-        places = dict(zip(shapes, whole.split(rows)))
-        if stack:
-            whole = whole.unflatten(0, (*stack, -1))
-        return Dense(whole), places
+        matrix = Dense(torch.empty(*stack, *total_shape(shapes, stack), dtype=dtype, device=device))
+        places = {}
+        for name, (part, start) in parts_of(matrix, shapes, stack).items():
+            places[name] = part.tensor[start : start + shapes[name][0]]
+        return matrix, places
 
 
 @dataclass
@@ -85,36 +84,36 @@ class Rounded:
         return f"{self.bits} bits"
 
     def allocate(self, shapes, stack, dtype, device):
-        parts = parts_of(shapes, stack)
         N, E = total_shape(shapes, stack)
         # What PyTorch's products for a CPU take; elsewhere scales need not be short
         dtype_of_scale = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if self.bits == 8 or "lm_head.weight" in shapes:
             matrix = empty_eight_bit(N, E, dtype_of_scale, device, stack)
         else:
-            group = next((group for group in GROUPS if E % group == 0), None)
+            group = largest_group(E)
             first = next(iter(shapes))
             require(group, f"4 bits: {first} has rows of {E} numbers, no multiple of {GROUPS[-1]}")
             matrix = empty_four_bit(N, E, group, dtype_of_scale, device, stack)
         places = {}
-        for name, (expert, start, shape) in parts.items():
-            places[name] = Turned(shape, filling(matrix if expert is None else matrix[expert], start))
+        for name, (part, start) in parts_of(matrix, shapes, stack).items():
+            places[name] = Turned(shapes[name], functools.partial(part.fill, start))
         return matrix, places
 
 
-def filling(matrix: EightBit | FourBit, start: int) -> Callable[[Tensor], None]:
-    return lambda weight: matrix.fill(start, weight)
+def largest_group(E: int) -> int | None:
+    """Columns that share a scale, where we choose."""
+    return next((group for group in GROUPS if E % group == 0), None)
 
 
-def parts_of(shapes: dict[str, list[int]], stack: tuple[int, ...]) -> dict[str, tuple[int | None, int, list[int]]]:
-    """Where each tensor lies: (its expert, if there are experts; its first row there; its shape)."""
+def parts_of(matrix: Matrix, shapes: dict[str, list[int]], stack: tuple[int, ...]) -> dict[str, tuple[Matrix, int]]:
+    """Where each tensor lies: the matrix (of a stack, its expert's), and the first row there."""
     per_expert = len(shapes) // stack[0] if stack else len(shapes)
     parts = {}
-    start = 0
     for number, (name, shape) in enumerate(shapes.items()):
         if number % per_expert == 0:
+            part = matrix[number // per_expert] if stack else matrix
             start = 0
-        parts[name] = (number // per_expert if stack else None, start, shape)
+        parts[name] = part, start
         start += shape[0]
     return parts
 
@@ -323,11 +322,11 @@ class Packed:
         N, E = total_shape(shapes, stack)
         matrix = empty_four_bit(N, E, self._group_of(E), self.dtype_of_scale, device, stack)
         places = {}
-        for name, (expert, start, shape) in parts_of(shapes, stack).items():
-            rows = Rows(matrix if expert is None else matrix[expert], start, shape)
+        for name, (part, start) in parts_of(matrix, shapes, stack).items():
+            rows = Rows(part, start, shapes[name])
             module = name.removesuffix("weight")
-            for part, place in self.format.places(rows).items():
-                places[module + part] = place
+            for tensor, place in self.format.places(rows).items():
+                places[module + tensor] = place
         return matrix, places
 
     def _allocate_apart(self, shapes, stack, dtype, device):
@@ -354,7 +353,7 @@ class Packed:
         """Of whole rows, groups that our kernels like: all of a row then have the same scale."""
         if self.format.group is not None:
             return self.format.group
-        return next((group for group in GROUPS if E % group == 0), E)
+        return largest_group(E) or E
 
 
 # ---- which of them it is
@@ -370,9 +369,9 @@ def storage_of(format: Format | None, quantize: int | None, dtypes: dict[str, st
         return Plain() if quantize is None else Rounded(quantize)
     require(quantize is None, f"--quantize {quantize}: the checkpoint is packed already ({format.name}, 4 bits)")
     dtypes_of_scales = {dtype for name, dtype in dtypes.items() if name.endswith("." + format.scales)}
-    short = {"F16": torch.float16, "BF16": torch.bfloat16}
-    same = len(dtypes_of_scales) == 1
-    dtype_of_scale = short.get(*dtypes_of_scales, torch.float32) if same else torch.float32
+    dtype_of_scale = torch.float32
+    if dtypes_of_scales in ({"F16"}, {"BF16"}):
+        dtype_of_scale = FLOATS[dtypes_of_scales.pop()]
     return Packed(format, dtypes.keys(), dtype_of_scale)
 
 
@@ -418,17 +417,7 @@ def compressed_tensors_format(given: dict) -> CompressedTensors:
     sparsity = given.get("sparsity_config", {})
     is_dense = sparsity == {} or (isinstance(sparsity, dict) and sparsity.get("format") == "dense")
     require(is_dense, "sparsity_config is not supported")
-    groups = given.get("config_groups")
-    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
-    require(right, f"config_groups must be objects by name, not {groups!r}")
-    schemes = [group.get("weights") for group in groups.values()]
-    require(schemes.count(schemes[0]) == len(schemes), "config_groups that differ in their weights are not supported")
-    for group in groups.values():
-        for key in ("input_activations", "output_activations"):
-            require(not group.get(key), f"{key} are not supported: only weights may be quantised")
-    scheme = schemes[0]
-    require(isinstance(scheme, dict), f"config_groups: weights must be an object, not {scheme!r}")
-    scheme = {key: value for key, value in scheme.items() if value is not None}
+    scheme = weights_scheme(given.get("config_groups"))
     require_only(scheme, "num_bits", 4)
     require_only(scheme, "type", "int")
     require_only(scheme, "dynamic", False)
@@ -438,6 +427,20 @@ def compressed_tensors_format(given: dict) -> CompressedTensors:
     symmetric = scheme.get("symmetric", True)
     require(isinstance(symmetric, bool), f"symmetric must be true or false, not {symmetric!r}")
     return CompressedTensors(group, symmetric)
+
+
+def weights_scheme(groups: object) -> dict:
+    """How compressed-tensors' groups of modules have their weights quantised, all alike; nulls are left out."""
+    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
+    require(right, f"config_groups must be objects by name, not {groups!r}")
+    schemes = [group.get("weights") for group in groups.values()]
+    require(schemes.count(schemes[0]) == len(schemes), "config_groups that differ in their weights are not supported")
+    for group in groups.values():
+        for key in ("input_activations", "output_activations"):
+            require(not group.get(key), f"{key} are not supported: only weights may be quantised")
+    scheme = schemes[0]
+    require(isinstance(scheme, dict), f"config_groups: weights must be an object, not {scheme!r}")
+    return {key: value for key, value in scheme.items() if value is not None}
 
 
 def require_only(given: dict, key: str, only: object) -> None:

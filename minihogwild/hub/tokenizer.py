@@ -133,7 +133,7 @@ class Tokenizer:
         """The prompt with another character in the place of each with which a control token begins."""
         beginnings = {text[0] for text in self.control}
         other = next(character for character in NEUTRAL if character not in beginnings)
-        return "".join(other if character in beginnings else character for character in prompt)
+        return prompt.translate({ord(beginning): other for beginning in beginnings})
 
     def _control_ids_in(self, ids: list[int]) -> list[int]:
         control_ids = set(self.control.values())
