@@ -122,32 +122,35 @@ class BlocksOfRows:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The order that a GPU's kernel wants (gpu/kernels.py): [N / 64, E / 128, 64, 16] words, 64 x 128 codes to a tile.
+    """The order that a GPU's kernel wants (gpu/kernels.py): [N / 64, E / 128, 64, 32] words, 64 x 128 codes to a tile.
 
-    A word of 32 bits holds eight codes of a row: counted from the lowest bits, number m of word j is column 16 m + j of
-    the tile. So the kernel reads a tile at one stroke, and 16 columns that follow each other come from one shift.
+    A word of 16 bits holds four codes of a row: counted from the lowest bits, number m of word i is column 32 m + i of
+    the tile. So the kernel reads a tile at one stroke, and 32 columns that follow each other come from one shift.
     """
 
     ROWS = 64
     COLUMNS = 128
+    WORDS = 32  # of a row
 
     def empty(self, N: int, E: int, device: torch.device | str, stack: tuple[int, ...]) -> tuple[Tensor, int]:
         """(codes, all 0; how many rows they have room for)."""
         down, across = -(-N // self.ROWS), -(-E // self.COLUMNS)
-        return torch.zeros(*stack, down, across, self.ROWS, 16, dtype=torch.int32, device=device), down * self.ROWS
+        codes = torch.zeros(*stack, down, across, self.ROWS, self.WORDS, dtype=torch.int16, device=device)
+        return codes, down * self.ROWS
 
     def fill(self, packed: Tensor, start: int, codes: Tensor) -> None:
         n, E = codes.shape
-        whole_tiles = F.pad(codes.int(), (0, -E % self.COLUMNS))
-        words = torch.zeros(n, packed.shape[1], 16, dtype=torch.int32, device=packed.device)
-        for number, columns in enumerate(whole_tiles.view(n, packed.shape[1], 8, 16).unbind(2)):
+        across = packed.shape[1]
+        whole_tiles = F.pad(codes.short(), (0, -E % self.COLUMNS))
+        words = torch.zeros(n, across, self.WORDS, dtype=torch.int16, device=packed.device)
+        for number, columns in enumerate(whole_tiles.view(n, across, 4, self.WORDS).unbind(2)):
             words |= columns << 4 * number
         row = torch.arange(start, start + n, device=packed.device)
         packed[row // self.ROWS, :, row % self.ROWS] = words
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, E], uint8"""
-        numbers = [(packed >> 4 * number & 15).to(torch.uint8) for number in range(8)]
+        numbers = [(packed >> 4 * number & 15).to(torch.uint8) for number in range(4)]
         tiles = torch.stack(numbers, 3).flatten(3)  # [N / 64, E / 128, 64, 128]
         return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
 

@@ -8,6 +8,7 @@ import torch
 import util
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_packed import random_four_bit
 from util import WatchedOracle, config, configs, random_weights, relative_difference, run, schedules, step
 
 from minihogwild import Cache, Layer, Run, Sampling, Weights, load
@@ -16,6 +17,7 @@ from minihogwild.backend import PyTorchBackend
 from minihogwild.generate import DUET
 from minihogwild.gpu import kernels, recorded
 from minihogwild.oracle import Oracle
+from minihogwild.packed import Stacked, empty_eight_bit
 from minihogwild.prompts import prompts_of
 from minihogwild.weights import Dense
 from minihogwild.workers import drive
@@ -76,6 +78,22 @@ def test_linear_in_sixteen_bits(dtype, T, N, E):
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     ours = kernels.TritonBackend().linear(x.cuda(), Dense(weight.cuda()), bias.cuda()).cpu()
     assert relative_difference(ours, exact) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 8, 9, 16, 17])
+def test_linear_in_fewer_bits(dtype, T):
+    """Each kernel for packed weights, and the assembly in one of them, which the interpreter can't read."""
+    for N, E, group in [(70, 96, 32), (200, 256, 64), (960, 27648, 128), (130, 640, 640), (64, 200, 200)]:
+        four_bit = random_four_bit(N, E, group, dtype, device="cuda")
+        eight_bit = empty_eight_bit(N, E, dtype, "cuda")
+        eight_bit.fill(0, torch.randn(N, E))
+        x, bias = torch.randn(T, E, dtype=dtype), torch.randn(N, dtype=dtype)
+        for weight in (four_bit, eight_bit, Stacked([four_bit, eight_bit])):
+            exact = x.double() @ weight.float64().T
+            with_its_bias = bias.repeat(len(exact.T) // N)
+            ours = kernels.TritonBackend().linear(x.cuda(), weight, with_its_bias.cuda()).cpu()
+            assert relative_difference(ours, exact + with_its_bias.double()) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("compile_from", [0, recorded.COMPILE_FROM], ids=["compiled", "eager"])

@@ -46,14 +46,14 @@ def test_codes_come_back_from_any_layout_whatever_parts_they_are_filled_in(layou
 
 
 def test_the_order_in_tiles():
-    """Number m of word j, counted from the lowest bits, is column 16 m + j: as README and kernels have it."""
+    """Number m of word i, counted from the lowest bits, is column 32 m + i: as README and kernels have it."""
     codes = torch.randint(16, (70, 200), dtype=torch.uint8)
     words, _ = Tiles().empty(70, 200, "cpu", ())
     Tiles().fill(words, 0, codes)
-    for n, e in ((0, 0), (0, 15), (0, 16), (63, 127), (64, 128), (69, 199), (5, 131)):
+    for n, e in ((0, 0), (0, 31), (0, 32), (63, 127), (64, 128), (69, 199), (5, 131)):
         in_tile = e % 128
-        word = words[n // 64, e // 128, n % 64, in_tile % 16].item()
-        assert word >> 4 * (in_tile // 16) & 15 == codes[n, e]
+        word = words[n // 64, e // 128, n % 64, in_tile % 32].item()
+        assert word >> 4 * (in_tile // 32) & 15 == codes[n, e]
 
 
 def test_the_order_in_blocks():
@@ -93,10 +93,12 @@ print(torch.backends.cpu.get_cpu_capability().lower(), layout_of_pytorch())
 EPSILON = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 0.012, torch.float16: 0.0015}
 
 
-def random_four_bit(N: int, E: int, group: int, dtype: torch.dtype, seed: int = 0, stack: tuple = ()) -> FourBit:
+def random_four_bit(
+    N: int, E: int, group: int, dtype: torch.dtype, seed: int = 0, stack: tuple = (), device: str = "cpu"
+) -> FourBit:
     """Of codes, zero points and scales that are all there."""
     random = torch.Generator().manual_seed(seed)
-    matrix = empty_four_bit(N, E, group, dtype, "cpu", stack)
+    matrix = empty_four_bit(N, E, group, dtype, device, stack)
     for part in matrix.experts if stack else [matrix]:
         part.fill_codes(0, torch.randint(16, (N, E), generator=random, dtype=torch.uint8))
         part.zero.copy_(torch.randint(16, part.zero.shape, generator=random))

@@ -5,6 +5,7 @@ columns: up to 16 of them cost what one does.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -117,77 +118,84 @@ def _linear(x, weight, sums, T, N, E, LENGTH: tl.constexpr):
 # A number from 0 to 15 becomes one with a fraction by setting the exponent's bits: those of 128 in bfloat16, of 1024 in
 # float16. It is then 128 (or 1024) too large; so the zero point is made larger by as much.
 EXPONENT_OF = {torch.bfloat16: (0x4300, 128), torch.float16: (0x6400, 1024)}
-FOUR_BIT_ROWS = 64  # of a weight, that one program multiplies
-FOUR_BIT_PROGRAMS = 512  # that share one product, at the least
-FOUR_BIT_WARPS = 1
-FOUR_BIT_STAGES = 3  # tiles on their way at once
+FOUR_BIT_PROGRAMS = 1024  # that share one product, about
+FOUR_BIT_STAGES = 4  # tiles on their way at once
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def suits_kernel(weight: FourBit) -> bool:
-    """Does each group begin and end where 16 columns do, or a tile does?"""
-    group = weight.group
-    return isinstance(weight.layout, Tiles) and (group % 128 == 0 or (128 % group == 0 and group >= 16))
+    """Does each group begin and end where 32 columns do, or a tile does?"""
+    return isinstance(weight.layout, Tiles) and (weight.group % 128 == 0 or weight.group in (32, 64))
 
 
 def linear_in_four_bit(x: Tensor, weight: FourBit, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias, [T, E] to [T, N] for T up to 16."""
+    """x Wᵀ + bias, [T, E] to [T, N] for T up to 16. As above, a long sum is cut in parts."""
     T, (N, E) = len(x), weight.shape
-    tiles_across = weight.codes.shape[1]
-    programs_down = triton.cdiv(N, FOUR_BIT_ROWS)
-    parts = max(1, min(FOUR_BIT_PROGRAMS // programs_down, tiles_across // 4))
-    tiles_each = triton.cdiv(tiles_across, parts)
+    down, across = weight.codes.shape[:2]
+    parts = max(1, min(FOUR_BIT_PROGRAMS // down, across // 4))
+    tiles_each = triton.cdiv(across, parts)
     exponent, offset = EXPONENT_OF[x.dtype]
     sums = x.new_empty(parts, T, N, dtype=torch.float32)
-    _linear_in_four_bit[programs_down, parts](
-        x, weight.codes, weight.scale, weight.zero, sums, exponent << 16 | exponent,
-        T, N, E, weight.scale.shape[1], len(weight.scale), tiles_across, weight.group, tiles_each,
-        GROUP=min(weight.group, 128), OFFSET=offset, ROWS=FOUR_BIT_ROWS, COLUMNS=8 if T <= 8 else 16,
-        num_warps=FOUR_BIT_WARPS, num_stages=FOUR_BIT_STAGES,
+    _linear_in_four_bit[down, parts](
+        x, weight.codes, weight.scale, weight.zero, sums, T, N, E, len(weight.scale), across, weight.group, tiles_each,
+        GROUP=min(weight.group, 128), EXPONENT=exponent, OFFSET=offset, COLUMNS=8 if T <= 8 else 16,
+        num_warps=1, num_stages=FOUR_BIT_STAGES,
     )  # fmt: skip
     return total_of(sums, None, bias, x.dtype)
 
 
-@triton.jit(do_not_specialize=["T", "exponents", "TILES"])
+@triton.jit(do_not_specialize=["T", "TILES"])
 def _linear_in_four_bit(
-    x, codes, scale, zero, sums, exponents, T, N, E, ROOM, GROUPS, ACROSS, group, TILES,
-    GROUP: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, codes, scale, zero, sums, T, N, E, GROUPS, ACROSS, group, TILES,
+    GROUP: tl.constexpr, EXPONENT: tl.constexpr, OFFSET: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the weight, TILES tiles of them, times x. ROOM is N rounded up to whole tiles, ACROSS a row's tiles.
+    """64 rows of the weight, which are a row of ACROSS tiles: TILES tiles of them, times x.
 
     Of a group, sum((code - zero) * x) is sum(code * x) - zero * sum(x); the second sum is a product with ones.
     """
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    down = tl.program_id(0)
     part = tl.program_id(1)
+    row = tl.arange(0, 64)
+    n = down * 64 + row
     t = tl.arange(0, COLUMNS)
-    j = tl.arange(0, 16)
-    inside = n < ROOM
-    words = codes + ((n // 64).to(tl.int64) * ACROSS * 1024 + n % 64 * 16)[:, None] + j
-    ones = tl.full([ROWS, 16], 1.0, x.dtype.element_ty)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    i = tl.arange(0, 32)
+    room = tl.num_programs(0) * 64  # N, rounded up to whole tiles
+    words = codes + down.to(tl.int64) * ACROSS * 2048 + row[:, None] * 32 + i
+    ones = tl.full([64, 32], 1.0, x.dtype.element_ty)
+    total = tl.zeros([64, COLUMNS], tl.float32)
     for tile in range(part * TILES, tl.minimum((part + 1) * TILES, ACROSS)):
-        word = tl.load(words + tile * 1024, mask=inside[:, None], other=0)  # [ROWS, 16]
-        of_group = tl.zeros([ROWS, COLUMNS], tl.float32)
-        sum_of_x = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for half in tl.static_range(2):
-            for number in tl.static_range(4):
-                in_tile = half * 64 + number * 16
-                e = tile * 128 + in_tile + j
-                y = tl.load(x + t * E + e[:, None], mask=(t < T) & (e[:, None] < E), other=0.0)  # [16, COLUMNS]
-                # Two at a time: one in the lower half of each word, one in the upper
-                pair = (word >> 4 * number) & 0x000F000F | exponents
-                code = (pair >> 16 * half).to(tl.int16).to(y.dtype, bitcast=True)
-                of_group = tl.dot(code, y, of_group)
-                sum_of_x = tl.dot(ones, y, sum_of_x)
-                ends_group = (in_tile + 16) % GROUP == 0
-                if ends_group:
-                    g = tl.minimum((tile * 128 + in_tile) // group, GROUPS - 1)  # past E is no group, and x is 0
-                    at = g * ROOM + n
-                    z = tl.load(zero + at, mask=inside, other=0).to(tl.float32) + OFFSET
-                    s = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
-                    total += (of_group - z[:, None] * sum_of_x) * s[:, None]
-                    of_group = tl.zeros([ROWS, COLUMNS], tl.float32)
-                    sum_of_x = tl.zeros([ROWS, COLUMNS], tl.float32)
+        word = tl.load(words + tile * 2048)  # [64, 32]
+        of_group = tl.zeros([64, COLUMNS], tl.float32)
+        sum_of_x = tl.zeros([64, COLUMNS], tl.float32)
+        for number in tl.static_range(4):
+            e = tile * 128 + number * 32 + i
+            y = tl.load(x + t * E + e[:, None], mask=(t < T) & (e[:, None] < E), other=0.0)  # [32, COLUMNS]
+            code = code_of(word, 4 * number, EXPONENT).to(y.dtype, bitcast=True)
+            of_group = tl.dot(code, y, of_group)
+            sum_of_x = tl.dot(ones, y, sum_of_x)
+            ends_group = (number + 1) * 32 % GROUP == 0
+            if ends_group:
+                g = tl.minimum((tile * 128 + number * 32) // group, GROUPS - 1)  # past E is no group, and x is 0
+                z = tl.load(zero + g * room + n).to(tl.float32) + OFFSET
+                s = tl.load(scale + g * room + n).to(tl.float32)
+                total += (of_group - z[:, None] * sum_of_x) * s[:, None]
+                of_group = tl.zeros([64, COLUMNS], tl.float32)
+                sum_of_x = tl.zeros([64, COLUMNS], tl.float32)
     tl.store(sums + (part * T + t) * N + n[:, None], total, mask=(t < T) & (n[:, None] < N))
+
+
+@triton.jit
+def code_of(word, SHIFT: tl.constexpr, EXPONENT: tl.constexpr):
+    """The four bits at SHIFT of each word, with this exponent."""
+    if INTERPRETED:
+        return word >> SHIFT & 15 | EXPONENT
+    # Two words at a time, which lie in one register, by two instructions. (Triton's own would be five.)
+    BOTH: tl.constexpr = EXPONENT << 16 | EXPONENT
+    AND_THEN_OR: tl.constexpr = 0xEA  # of three numbers a, b, c: (a & b) | c
+    return tl.inline_asm_elementwise(
+        f"{{ .reg .b32 a; shr.u32 a, $1, {SHIFT}; lop3.b32 $0, a, 0x000F000F, {BOTH}, {AND_THEN_OR}; }}",
+        "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 def unpack_four_bit(weight: FourBit, dtype: torch.dtype) -> Tensor:
@@ -195,25 +203,24 @@ def unpack_four_bit(weight: FourBit, dtype: torch.dtype) -> Tensor:
     N, E = weight.shape
     matrix = torch.empty(N, E, dtype=dtype, device=weight.codes.device)
     down, across = weight.codes.shape[:2]
-    _unpack_four_bit[down, across](
-        weight.codes, weight.scale, weight.zero, matrix, N, E, weight.scale.shape[1], across, weight.group
-    )
+    _unpack_four_bit[down, across](weight.codes, weight.scale, weight.zero, matrix, N, E, across, weight.group)
     return matrix
 
 
 @triton.jit
-def _unpack_four_bit(codes, scale, zero, matrix, N, E, ROOM, ACROSS, group):
+def _unpack_four_bit(codes, scale, zero, matrix, N, E, ACROSS, group):
     """One tile."""
     down = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.arange(0, 64)
-    j = tl.arange(0, 16)
+    i = tl.arange(0, 32)
     n = down * 64 + row
-    word = tl.load(codes + (down.to(tl.int64) * ACROSS + tile) * 1024 + row[:, None] * 16 + j)  # [64, 16]
-    for number in tl.static_range(8):
-        e = tile * 128 + number * 16 + j
+    room = tl.num_programs(0) * 64
+    word = tl.load(codes + (down.to(tl.int64) * ACROSS + tile) * 2048 + row[:, None] * 32 + i)  # [64, 32]
+    for number in tl.static_range(4):
+        e = tile * 128 + number * 32 + i
         inside = (n[:, None] < N) & (e < E)
-        at = e // group * ROOM + n[:, None]
+        at = e // group * room + n[:, None]
         z = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
         s = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
         w = ((word >> 4 * number & 15).to(tl.float32) - z) * s
