@@ -54,11 +54,16 @@ class Shape:
     tied: bool = False
     biases: bool = False
     qk_norms: bool = False
+    experts: int = 0  # of a layer
+    experts_of_token: int = 0
 
 
 LLAMA_3_ROPE = Rope("llama3", 500000.0, 8.0, 8192, 1.0, 4.0)
 SHAPES = {
     "qwq-32b": Shape(152064, 5120, 27648, 64, 40, 8, 128, Rope(rope_theta=1e6), biases=True),
+    "qwen3-30b-a3b": Shape(
+        151936, 2048, 768, 48, 32, 4, 128, Rope(rope_theta=1e6), qk_norms=True, experts=128, experts_of_token=8
+    ),
     "qwen3-8b": Shape(151936, 4096, 12288, 36, 32, 8, 128, Rope(rope_theta=1e6), qk_norms=True),
     "llama-3.1-8b": Shape(128256, 4096, 14336, 32, 32, 8, 128, LLAMA_3_ROPE),
     "smollm2-135m": Shape(49152, 576, 1536, 30, 9, 3, 64, Rope(rope_theta=1e5), tied=True),
@@ -82,10 +87,9 @@ def main() -> None:
     print(*(f"{key} {value}" for key, value in machine.items()), sep=" · ")
 
     speed = copy_speed(device)
-    weight_bytes = bytes_read_of(weights)
     token_bytes = bytes_of_token(config, dtype)
     print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}, {options.weights}")
-    print(f"copy speed {speed / 1e9:.0f} GB/s; a step reads {weight_bytes / 1e9:.3f} GB of weights, ", end="")
+    print(f"copy speed {speed / 1e9:.0f} GB/s; the model has {weights.nbytes / 1e9:.3f} GB, ", end="")
     print(f"{token_bytes} bytes a token\n")
     print("workers  context   reference        step   ratio   first 50   host of those   tokens/s   step(W)/step(1)")
     results = []
@@ -93,6 +97,7 @@ def main() -> None:
     for context in options.contexts:
         for workers in options.workers:
             measured = measure(config, weights, workers, context, options.steps)
+            weight_bytes = bytes_read_of(weights, config, workers)
             reference = 1e3 * (weight_bytes + measured.tokens * token_bytes) / speed
             ms_of_first.setdefault(context, measured.ms)
             result = {
@@ -111,7 +116,7 @@ def main() -> None:
                 *result.values()), flush=True)  # fmt: skip
     if options.whole:
         add_whole_runs(results, config, weights, options.steps)
-    made = {"copy_bytes_per_second": round(speed), "weight_bytes": weight_bytes, "cache_bytes_per_token": token_bytes}
+    made = {"copy_bytes_per_second": round(speed), "weight_bytes": weights.nbytes, "cache_bytes_per_token": token_bytes}
     print(json.dumps({**vars(options), **machine, "layers": config.num_hidden_layers, **made, "results": results}))
 
 
@@ -152,7 +157,11 @@ def load_or_invent(options: argparse.Namespace) -> tuple[Config, Weights]:
         max_position_embeddings=40960,
         tie_word_embeddings=shape.tied,
         rope=shape.rope,
-        layer_kinds=(LayerKind(),) * layers,
+        layer_kinds=(LayerKind(experts=shape.experts > 0),) * layers,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.experts_of_token,
+        moe_intermediate_size=shape.F,
+        norm_topk_prob=True,
     )
     storage = STORAGES[options.weights]
     dtype = DTYPES[options.dtype]
@@ -171,12 +180,12 @@ def fill_at_random(part: Tensor | Matrix | None) -> None:
     if isinstance(part, Tensor) and part.dim() == 1:
         part.normal_(1, 0.1)
     elif isinstance(part, Tensor):
-        part.normal_(0, part.shape[1] ** -0.5)
+        part.normal_(0, part.shape[-1] ** -0.5)
     elif isinstance(part, Dense):
         fill_at_random(part.tensor)
     elif isinstance(part, EightBit):
         part.codes.random_(-127, 128)
-        part.scale.fill_(part.codes.shape[1] ** -0.5 / 64)
+        part.scale.fill_(part.codes.shape[-1] ** -0.5 / 64)
     elif isinstance(part, FourBit):
         limits = torch.iinfo(part.codes.dtype)
         part.codes.random_(limits.min, limits.max)
@@ -184,9 +193,15 @@ def fill_at_random(part: Tensor | Matrix | None) -> None:
         part.zero.random_(7, 10)
 
 
-def bytes_read_of(weights: Weights) -> int:
-    """All that a step reads; of the embedding, that is a few rows."""
-    return weights.norm.nbytes + weights.head.nbytes + sum(layer.nbytes for layer in weights.layers)
+def bytes_read_of(weights: Weights, config: Config, workers: int) -> float:
+    """All that a step reads; of the embedding, that is a few rows; of experts, those that somebody chooses."""
+    total = weights.norm.nbytes + weights.head.nbytes
+    for layer in weights.layers:
+        total += layer.nbytes
+        if layer.router is not None:
+            not_chosen = (1 - config.num_experts_per_tok / config.num_experts) ** workers  # where all are alike
+            total -= not_chosen * (layer.gate_up.nbytes + layer.down.nbytes)
+    return total
 
 
 @dataclass

@@ -5,17 +5,27 @@ backend (`gpu/kernels.py`) gives some of them in another way, with the same resu
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import LayerCache, Plan, Positions, attend, causal_mask_of
+from .attention import LayerCache, Plan, Positions, append, attend, causal_mask_of
 from .config import Config
-from .weights import Matrix
+from .weights import Layer, Matrix
 
 PREFILL_CHUNK = 256  # tokens of a prompt in one step, at most,
 PREFILL_SCORES = 2**25  # and attention scores in one layer
+
+
+@dataclass
+class Chosen:
+    """Which experts each token has chosen, R of the X that a layer has, and what share each has in the result."""
+
+    experts: Tensor  # [T, R]
+    shares: Tensor  # [T, R]
 
 
 class PyTorchBackend:
@@ -33,13 +43,65 @@ class PyTorchBackend:
         """x Wᵀ + bias: [T, E] to [T, N]."""
         return weight.times(x, bias)
 
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Root mean square norm over the last dimension."""
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    def add_and_norm(self, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """x + y, and the norm of it."""
+        total = x + y
+        return total, self.norm(total, weight, epsilon)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """SiLU(gate) * up: [..., 2F] to [..., F]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def append(self, qkv: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config) -> Tensor:
+        """Keys and values, of what was projected, [T, (H + 2K) D], go to the ends of their blocks.
+
+        What comes back are the queries, for `attend`: here [T, H, D], not rotated yet.
+        """
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        q, k, v = qkv.view(-1, H + 2 * K, D).split((H, K, K), dim=1)  # [T, H | K | K, D]
+        if layer.q_norm is not None:
+            q = self.norm(q, layer.q_norm, config.rms_norm_eps)
+            k = self.norm(k, layer.k_norm, config.rms_norm_eps)
+        append(kv, k, v, positions)  # rotates k to its place in its block
+        return q
+
     def causal_mask(self, plan: Plan, dtype: torch.dtype) -> Tensor | None:
         """The mask for `attend`, made once a step; None from a backend that reads the plan's tables instead."""
         return causal_mask_of(plan, dtype)
 
     def attend(self, q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
-        """Attention of queries [T, H, D] over all that they see: [T, H, D]."""
-        return attend(q, kv, positions, scale)
+        """Attention of the queries that `append` gave over all that they see: [T, H, D]."""
+        return attend(q, kv, positions, scale)  # rotates q, once for each block
+
+    def choose_experts(self, x: Tensor, router: Tensor, R: int, shares_sum_to_1: bool) -> Chosen:
+        """The R most probable experts of each token; their probabilities, or those divided by their sum."""
+        # In float32: two probabilities may be one number in 16 bits
+        probabilities = F.linear(x, router).softmax(-1, torch.promote_types(x.dtype, torch.float32))  # [T, X]
+        shares, experts = probabilities.topk(R)
+        if shares_sum_to_1:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return Chosen(experts, shares)
+
+    def linear_of_experts(self, x: Tensor, weight: Matrix, chosen: Chosen) -> Tensor:
+        """Each token times the matrices of its experts: [T, E], or [T, R, E] with a row for each, to [T, R, N]."""
+        products = None
+        for expert in chosen.experts.unique().tolist():  # waits for the device, but reads none that nobody chose
+            token, rank = (chosen.experts == expert).nonzero(as_tuple=True)
+            rows = x[token] if x.dim() == 2 else x[token, rank]
+            of_expert = self.linear(rows, weight[expert])
+            if products is None:
+                products = x.new_empty(*chosen.experts.shape, of_expert.shape[1])
+            products[token, rank] = of_expert
+        return products
+
+    def mix_experts(self, each: Tensor, chosen: Chosen) -> Tensor:
+        """The sum of the experts' results, by their shares: [T, R, E] to [T, E]."""
+        return (chosen.shares[..., None] * each).sum(1).to(each.dtype)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over all GPUs that share a model, each of which has computed a part of it. Here there is one."""

@@ -289,7 +289,7 @@ class Cache:
             return
         pool = len(self.page_owner)
         try:
-            self._resize_pool(pool + max(pool, missing))  # at least doubled: so growth copies each token about once
+            self._resize_pool(pool + max(missing, spare_pages(pool)))
         except InputError:
             self._resize_pool(pool + missing)
 
@@ -320,6 +320,14 @@ class Cache:
         self.free += range(pool, pages)  # higher than those that are free already: so they stay in order
         self.page_owner = np.concatenate((self.page_owner, np.full(pages - pool, NOBODY)))
         self.page_start = np.concatenate((self.page_start, np.zeros(pages - pool, dtype=np.int64)))
+
+
+def spare_pages(pool: int) -> int:
+    """How many more a full pool gets at once: a small one as many as it has, a large one an eighth.
+
+    So growth copies each token a few times at the most, and little memory lies idle.
+    """
+    return min(pool, max(16, pool // 8))
 
 
 def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str]) -> None:

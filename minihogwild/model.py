@@ -4,13 +4,11 @@ What a family adds follows from which tensors its checkpoint has (biases, q/k no
 table of layer kinds.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import LayerCache, Plan, Positions, append, positions_of
+from .attention import LayerCache, Plan, Positions, positions_of
 from .backend import PyTorchBackend
 from .cache import Cache
 from .config import Config, LayerKind
@@ -19,23 +17,11 @@ from .rope import attention_scale
 from .weights import Layer, Matrix, Weights
 
 
-def as_it_is(function: Callable) -> Callable:
-    return function
-
-
 @torch.no_grad()
-def forward(
-    tokens: Tensor,
-    weights: Weights,
-    config: Config,
-    cache: Cache,
-    plan: Plan,
-    compiled: Callable[[Callable], Callable] = as_it_is,
-) -> Tensor:
+def forward(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan) -> Tensor:
     """One step of all workers: [T] token ids in, logits [W, V] after each worker's last token out.
 
     `plan = cache.extend(views, counts)` says whose tokens these are, where they are written, and what each may see.
-    `compiled` may turn a function into a faster one: see gpu/recorded.py.
     """
     backend = cache.backend
     plan = plan.to(cache.device)
@@ -44,12 +30,13 @@ def forward(
     causal_mask = backend.causal_mask(plan, cache.compute_dtype)
     positions = {}
     for kind, frequencies in cache.frequencies.items():
-        positions[kind] = compiled(positions_of)(plan, frequencies, causal_mask, cache.compute_dtype)
+        positions[kind] = positions_of(plan, frequencies, causal_mask, cache.compute_dtype)
 
     x = F.embedding(tokens, weights.embed)  # [T, E]
     for kind, layer, kv in zip(config.layer_kinds, weights.layers, cache.layers):
-        x = compiled(transformer_layer)(x, layer, kind, kv, positions[kind], config, backend)
-    return compiled(output_head)(x, weights.norm, weights.head, plan, config, backend)
+        x = transformer_layer(x, layer, kind, kv, positions[kind], config, backend)
+    last = backend.norm(x[plan.last], weights.norm, config.rms_norm_eps)  # the other tokens' logits are not needed
+    return backend.linear(last, weights.head)
 
 
 def transformer_layer(
@@ -62,9 +49,10 @@ def transformer_layer(
     backend: PyTorchBackend,
 ) -> Tensor:
     """[T, E] in and out; the layer's part of the KV cache gets the new keys and values."""
-    attended = self_attention(norm(x, layer.attn_norm, config), layer, kind, kv, positions, config, backend)
-    x = x + backend.reduce(attended)  # the sum of several GPUs' parts; of one, as it is
-    y = norm(x, layer.mlp_norm, config)
+    y = backend.norm(x, layer.attn_norm, config.rms_norm_eps)
+    attended = self_attention(y, layer, kind, kv, positions, config, backend)
+    attended = backend.reduce(attended)  # the sum of several GPUs' parts; of one, as it is
+    x, y = backend.add_and_norm(x, attended, layer.mlp_norm, config.rms_norm_eps)
     if layer.router is None:
         transformed = mlp(y, layer.gate_up, layer.down, backend)
     else:
@@ -82,49 +70,23 @@ def self_attention(
     backend: PyTorchBackend,
 ) -> Tensor:
     """[T, E] in and out. All workers write their keys and values before any of them looks."""
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv = backend.linear(x, layer.qkv, layer.qkv_bias)
-    q, k, v = qkv.view(-1, H + 2 * K, D).split((H, K, K), dim=1)  # [T, H | K | K, D]
-    if layer.q_norm is not None:
-        q = norm(q, layer.q_norm, config)
-        k = norm(k, layer.k_norm, config)
-    append(kv, k, v, positions)  # rotates k to its place in its block
-    mixed = backend.attend(q, kv, positions, attention_scale(config, kind))  # [T, H, D]; rotates q, once for each block
+    qkv = backend.linear(x, layer.qkv, layer.qkv_bias)  # [T, (H + 2K) D]
+    q = backend.append(qkv, layer, kv, positions, config)  # keys and values are in the cache now
+    mixed = backend.attend(q, kv, positions, attention_scale(config, kind))  # [T, H, D]
     return backend.linear(mixed.flatten(1), layer.out, layer.out_bias)
 
 
 def mlp(x: Tensor, gate_up: Matrix, down: Matrix, backend: PyTorchBackend) -> Tensor:
     """SwiGLU: [T, E] in and out."""
-    gate, up = backend.linear(x, gate_up).chunk(2, dim=-1)  # [T, F] each
-    return backend.linear(F.silu(gate) * up, down)
+    return backend.linear(backend.swiglu(backend.linear(x, gate_up)), down)
 
 
 def mixture_of_experts(x: Tensor, layer: Layer, config: Config, backend: PyTorchBackend) -> Tensor:
-    """[T, E] in and out: each token takes the MLPs of its most probable experts, times their probabilities."""
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    probabilities = F.linear(x, layer.router).softmax(-1, compute_dtype)  # [T, X]
-    shares, chosen = probabilities.topk(config.num_experts_per_tok)  # [T, experts of a token] each
-    if config.norm_topk_prob:
-        shares = shares / shares.sum(-1, keepdim=True)
-    mixed = torch.zeros_like(x, dtype=compute_dtype)
-    for expert in chosen.unique().tolist():  # waits for the device, but reads no expert that nobody chose
-        token, rank = (chosen == expert).nonzero(as_tuple=True)
-        transformed = mlp(x[token], layer.gate_up[expert], layer.down[expert], backend)
-        mixed[token] += shares[token, rank, None] * transformed  # no token stands twice in `token`
-    return mixed.to(x.dtype)
-
-
-def output_head(
-    x: Tensor, norm_weight: Tensor, head: Matrix, plan: Plan, config: Config, backend: PyTorchBackend
-) -> Tensor:
-    """Logits [W, V], of each worker's last token alone: the others' are not needed."""
-    last = x[plan.last]
-    return backend.linear(norm(last, norm_weight, config), head)
-
-
-def norm(x: Tensor, weight: Tensor, config: Config) -> Tensor:
-    """Root mean square norm over the last dimension."""
-    return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
+    """[T, E] in and out: each token takes the MLPs of its R most probable experts, times their probabilities."""
+    chosen = backend.choose_experts(x, layer.router, config.num_experts_per_tok, config.norm_topk_prob)
+    gate_up = backend.linear_of_experts(x, layer.gate_up, chosen)  # [T, R, 2F]
+    each = backend.linear_of_experts(backend.swiglu(gate_up), layer.down, chosen)  # [T, R, E]
+    return backend.mix_experts(each, chosen)
 
 
 # ---- one step, from Python's lists

@@ -13,9 +13,13 @@ if torch.cuda.is_available():
 # conftest.py has asked for the interpreter
 pytest.importorskip("triton", reason="needs: python -m pip install triton 'numpy<2.4'")
 from minihogwild import packed
-from minihogwild.backend import PyTorchBackend
-from minihogwild.gpu import kernels
+from minihogwild.backend import Chosen, PyTorchBackend
+from minihogwild.gpu import attention as gpu_attention
+from minihogwild.gpu import kernels, products
+from minihogwild.gpu.experts import choose, groups_of
+from minihogwild.weights import Dense
 
+seeds = st.integers(0, 99)
 BEHIND = [step((["a"], [*range(9)] * 8)), {"do": "move", "from": "a", "to": "b"}, step((["b"], [*range(9)] * 8))]
 
 
@@ -49,7 +53,7 @@ def test_attention_equals_the_oracle(backend, shape, schedule, qk_norms, seed):
     """Three programs share what 256 do on a GPU: so each has pages to go through."""
     weights, (blocks, events) = random_weights(shape, torch.float32, seed, False, qk_norms), schedule
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "PROGRAMS", 3 * shape.num_key_value_heads)
+        patch.setattr(gpu_attention, "PROGRAMS", 3 * shape.num_key_value_heads)
         ours = list(run(util.Engine(shape, weights, blocks, backend=backend), events))
     oracle = WatchedOracle(shape, weights, blocks)
     theirs = list(run(oracle, events))
@@ -101,7 +105,7 @@ def test_linear_in_four_bit(four_bit, T, N, E, group):
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
 def test_many_programs_share_a_product_in_four_bits(four_bit, monkeypatch):
-    monkeypatch.setattr(kernels, "FOUR_BIT_PROGRAMS", 4)  # of which a part has no tiles left
+    monkeypatch.setattr(products, "PACKED_PROGRAMS", 4)  # of which a part has no tiles left
     weight, x = four_bit(64, 128 * 9, 128, torch.float16), torch.randn(2, 128 * 9, dtype=torch.float16)
     ours = kernels.linear_in_four_bit(x, weight, None)
     assert relative_difference(ours, x.double() @ weight.float64().T) <= torch.finfo(torch.float16).eps
@@ -123,3 +127,85 @@ def test_every_kind_of_matrix(four_bit, T):
         bias = torch.randn(len(exact), dtype=torch.float16)
         ours = kernels.TritonBackend().linear(x, weight, bias)
         assert relative_difference(ours, x.double() @ exact.T + bias.double()) <= torch.finfo(torch.float16).eps
+
+
+# ---- experts
+
+
+def random_experts(T: int, X: int, R: int, seed: int) -> Chosen:
+    random = torch.Generator().manual_seed(seed)
+    experts = torch.stack([torch.randperm(X, generator=random)[:R] for _ in range(T)])
+    return Chosen(experts, torch.rand(T, R, generator=random))
+
+
+@given(T=st.integers(1, 40), X=st.integers(1, 50), R=st.integers(1, 8), width=st.sampled_from([16, 64]), seed=seeds)
+@settings(max_examples=60)
+def test_groups_hold_each_pair_once_and_pairs_of_one_expert_only(T, X, R, width, seed):
+    experts = random_experts(T, X, min(R, X), seed).experts
+    R = experts.shape[1]
+    groups = groups_of(experts, X, width)
+    held = []
+    for expert, pairs in zip(groups.expert.tolist(), groups.pair.tolist()):
+        here = [pair for pair in pairs if pair >= 0]
+        assert bool(here) == (expert >= 0)
+        assert all(experts[pair // R, pair % R] == expert for pair in here)
+        held += here
+    assert sorted(held) == list(range(T * R))
+    needed = sum(-(-(experts == expert).sum().item() // width) for expert in range(X))
+    assert (groups.expert >= 0).sum() == needed
+
+
+@given(T=st.integers(1, 20), X=st.integers(2, 40), R=st.integers(1, 4), parts=st.integers(1, 3), seed=seeds)
+@settings(max_examples=30)
+def test_the_most_probable_experts(T, X, R, parts, seed):
+    R = min(R, X)
+    logits = torch.randn(parts, T, X, generator=torch.Generator().manual_seed(seed))
+    for shares_sum_to_1 in (False, True):
+        ours = choose(logits, R, shares_sum_to_1)
+        identity = torch.eye(X)
+        theirs = PyTorchBackend().choose_experts(logits.sum(0), identity, R, shares_sum_to_1)
+        assert torch.equal(ours.experts.long(), theirs.experts)
+        assert torch.allclose(ours.shares, theirs.shares, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.parametrize("T", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["plain", "8", "4", "no kernel"])
+def test_products_of_experts(four_bit, kind, T):
+    """Rows that all experts of a token share, and a row for each; groups that one expert fills more than once."""
+    X, N, E, R = 6, 70, 96, 3
+    matrices = {
+        "plain": Dense(torch.randn(X, N, E, dtype=torch.float16)),
+        "8": packed.empty_eight_bit(N, E, torch.float16, "cpu", (X,)),
+        "4": four_bit(N, E, 32, torch.float16, stack=(X,)),
+        "no kernel": four_bit(N, E, 24, torch.float16, stack=(X,)),
+    }
+    weight = matrices[kind]
+    if kind == "8":
+        weight.codes.random_(-127, 128)
+        weight.scale.uniform_(0.01, 0.02)
+    assert kernels.has_kernel_for_experts(weight, torch.float16) == (kind != "no kernel")
+    chosen = random_experts(T, X, R, T)
+    exact = weight.float64()
+    for x in (torch.randn(T, E, dtype=torch.float16), torch.randn(T, R, E, dtype=torch.float16)):
+        rows = x.double() if x.dim() == 3 else x.double()[:, None].expand(T, R, E)
+        expected = torch.einsum("tre,trne->trn", rows, exact[chosen.experts])
+        for backend in (kernels.TritonBackend(), PyTorchBackend()):
+            ours = backend.linear_of_experts(x, weight, chosen)
+            assert relative_difference(ours, expected) <= torch.finfo(torch.float16).eps
+    each = torch.randn(T, R, N, dtype=torch.float16)
+    mixed = (chosen.shares[..., None].double() * each.double()).sum(1)
+    for backend in (kernels.TritonBackend(), PyTorchBackend()):
+        assert relative_difference(backend.mix_experts(each, chosen), mixed) <= torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("E", [1, 100, 576])
+def test_what_lies_between_products(E):
+    """Norms and SwiGLU, rows that do not fill a kernel's width."""
+    x, y, weight = torch.randn(3, E), torch.randn(3, E), torch.randn(E)
+    ours, plain = kernels.TritonBackend(), PyTorchBackend()
+    assert torch.allclose(ours.norm(x, weight, 1e-5), plain.norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.add_and_norm(x, y, weight, 1e-5), plain.add_and_norm(x, y, weight, 1e-5)):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    gate_up = torch.randn(2, 3, 2 * E)
+    assert torch.allclose(ours.swiglu(gate_up), plain.swiglu(gate_up), rtol=1e-5, atol=1e-6)

@@ -4,7 +4,6 @@ A recording reads and writes fixed places in memory. So what changes from step t
 to the place that the recording reads, and the plan's tables are padded to one size, whatever the views hold.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,11 +13,7 @@ from torch import Tensor
 from ..attention import Plan
 from ..cache import Cache
 from ..config import Config
-from ..model import as_it_is
 from ..weights import Weights
-
-# Bytes of all layers; for a smaller model, compiling takes longer than it saves in a usual run
-COMPILE_FROM = 2**30
 
 
 @dataclass
@@ -68,29 +63,10 @@ def record(
     packed_plan = packed_plan.to(cache.device)
     plan = plan.unpack(packed_plan)
     tokens = tokens.clone()
-    compiled = as_it_is
-    if sum(layer.nbytes for layer in weights.layers) >= COMPILE_FROM:
-        compiled = compile_once
-        expect_any_number_of_pages(cache, plan)
-    # Once outside of the recording, which compiles. That both write the same keys and values changes nothing.
-    forward(tokens, weights, config, cache, plan, compiled)
+    # Once outside of the recording: kernels are compiled when they first run. That both write the same keys and values
+    # changes nothing.
+    forward(tokens, weights, config, cache, plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = forward(tokens, weights, config, cache, plan, compiled)
+        logits = forward(tokens, weights, config, cache, plan)
     return Recording(graph, tokens, packed_plan, plan, logits)
-
-
-def expect_any_number_of_pages(cache: Cache, plan: Plan) -> None:
-    """Tell the compiler that these sizes will change as the pool grows."""
-    for tensor in (plan.page_block, plan.page_start):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    for kv in cache.layers:
-        torch._dynamo.maybe_mark_dynamic(kv.keys, 0)
-        torch._dynamo.maybe_mark_dynamic(kv.values, 1)
-
-
-@functools.cache
-def compile_once(function: Callable) -> Callable:
-    """One kernel for what lies between two products; made for one number of rows, and at most four more times."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, fullgraph=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import LayerCache, Plan, Positions, attention_weights, mix_values
+from ..attention import LayerCache, Plan, Positions, attention_weights, causal_mask_of, mix_values
 from ..backend import PyTorchBackend, choose_backend
 from ..cache import Cache
 from ..config import Config
@@ -24,7 +24,7 @@ from ..errors import require
 from ..hub import Bar, Model, TextStream, Tokenizer
 from ..layouts import block_of
 from ..replay import replay
-from ..weights import Matrix
+from ..weights import Layer
 
 TEMPLATE = Path(__file__).with_name("trace.html")
 TOP = 8  # weights that are kept of each list, the strongest; of the rest, the sum
@@ -35,7 +35,7 @@ PART_OF_A_CHARACTER = "◌"  # stands for a token that completes none
 # ---- looking on
 
 
-class Onlooker(PyTorchBackend):
+class Onlooker:
     """Computes as another backend does, and shows attention's weights from the step on that feeds the token `first`.
 
     Tokens are numbered in the order in which they are fed. Until then all is left to the other backend: kernels keep
@@ -50,22 +50,24 @@ class Onlooker(PyTorchBackend):
         self.is_watching = False
         self.plan: Plan | None = None  # of the latest step
 
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)  # all that is not below
+
     def run(self, forward: Callable[..., Tensor], tokens: Tensor, weights, config, cache, plan: Plan) -> Tensor:
         self.count += len(tokens)
         self.is_watching = self.count > self.first
         self.plan = plan
         return forward(tokens, weights, config, cache, plan)
 
-    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-        return self.backend.linear(x, weight, bias)
-
-    def reduce(self, x: Tensor) -> Tensor:
-        return self.backend.reduce(x)
-
     def causal_mask(self, plan: Plan, dtype: torch.dtype) -> Tensor | None:
         if self.is_watching:
-            return super().causal_mask(plan, dtype)
+            return causal_mask_of(plan, dtype)
         return self.backend.causal_mask(plan, dtype)
+
+    def append(self, qkv: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config) -> Tensor:
+        if self.is_watching:
+            return PyTorchBackend.append(self, qkv, layer, kv, positions, config)
+        return self.backend.append(qkv, layer, kv, positions, config)
 
     def attend(self, q: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
         if not self.is_watching:

@@ -1,0 +1,193 @@
+"""Concurrent attention on a GPU: one kernel rotates and writes, one goes over the pool's pages, one joins.
+
+What is read from memory, keys and values, are the rows of a matrix product, and the queries of the step its columns.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from ..attention import LayerCache, Positions
+from ..config import Config
+from ..weights import Layer
+
+PROGRAMS = 256  # that share one attention: about two for each processor of a large GPU
+
+
+# ---- keys and values into the cache; queries, rotated
+
+
+def append(qkv: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config) -> Tensor:
+    """`PyTorchBackend.append`; the queries come back rotated once for each block: [B, K, T, G, D]."""
+    T = len(qkv)
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    B = positions.query_rotation.shape[2]
+    queries = qkv.new_empty(B, K, T, H // K, D)
+    _append[T, H + 2 * K, B](
+        qkv.contiguous(), layer.q_norm, layer.k_norm, positions.key_rotation, positions.query_rotation,
+        positions.plan.slot, queries, kv.keys, kv.values, config.rms_norm_eps,
+        SLOTS=kv.values.shape[1], H=H, K=K, PAGE=kv.keys.shape[2], D=D, WIDTH=triton.next_power_of_2(D), num_warps=1,
+    )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def _append(
+    qkv, q_norm, k_norm, key_rotation, query_rotation, slots, queries, keys, values, epsilon, SLOTS, H, K,
+    PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One head of one token: of q, k or v. A query is rotated for one block; keys and values need only one program."""
+    t = tl.program_id(0).to(tl.int64)
+    T = tl.num_programs(0)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
+    B = tl.num_programs(2)
+    d = tl.arange(0, WIDTH)
+    start = (t * (H + 2 * K) + head) * D
+    slot = tl.load(slots + t)
+    if head < H:
+        rotation = query_rotation + (t * B + block) * D
+        rotated = rotated_head(qkv + start, q_norm, rotation, T * B * D, epsilon, D, WIDTH)
+        G = H // K
+        at = ((block * K + head // G) * T + t) * G + head % G
+        tl.store(queries + at * D + d, rotated.to(queries.dtype.element_ty), mask=d < D)
+    elif block == 0:
+        if head < H + K:
+            rotated = rotated_head(qkv + start, k_norm, key_rotation + t * D, T * D, epsilon, D, WIDTH)
+            at = (slot // PAGE * K + head - H) * PAGE + slot % PAGE
+            tl.store(keys + at * D + d, rotated.to(keys.dtype.element_ty), mask=d < D)
+        else:
+            value = tl.load(qkv + start + d, mask=d < D, other=0.0)
+            at = (head - H - K).to(tl.int64) * SLOTS + slot
+            tl.store(values + at * D + d, value.to(values.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def rotated_head(x, weight, cos, to_sin, epsilon, D: tl.constexpr, WIDTH: tl.constexpr):
+    """`rope.rotate` of D numbers, after the norm where there is one; `sin` lies `to_sin` numbers behind `cos`."""
+    d = tl.arange(0, WIDTH)
+    other = (d + D // 2) % D  # beside each number, the other one of its pair
+    a = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+    b = tl.load(x + other, mask=d < D, other=0.0).to(tl.float32)
+    if weight is not None:
+        factor = tl.rsqrt(tl.sum(a * a, 0) / D + epsilon)
+        a *= factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        b *= factor * tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)
+    return a * tl.load(cos + d, mask=d < D, other=0.0) + b * tl.load(cos + to_sin + d, mask=d < D, other=0.0)
+
+
+# ---- attention
+
+
+def attend_to_pages(queries: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
+    """`attention.attend` in one pass over the pool, cut into shares of as many pages each ("flash decoding").
+
+    Each share has a softmax of its own; the results are then added up by the weights of the shares.
+    """
+    _, K, T, G, D = queries.shape
+    plan = positions.plan
+    rows = T * G  # that meet the same keys
+    # As shared memory allows; by comparisons, so that what is compiled for one T holds for others of the same tile
+    if rows <= 16:
+        tile = 16
+    elif rows <= 32 or kv.keys.dtype.itemsize == 4:
+        tile = 32
+    else:
+        tile = 64
+    tiles = triton.cdiv(rows, tile)
+    shares = max(1, PROGRAMS // (K * tiles))
+    mixed = queries.new_empty(shares, K, rows, D, dtype=torch.float32)
+    log2_sums = queries.new_empty(shares, K, rows, dtype=torch.float32)
+    _attend[shares, K, tiles](
+        queries, kv.keys, kv.values, plan.page_count, plan.page_block, plan.page_start, plan.visible, mixed, log2_sums,
+        scale / math.log(2),  # scores by the base 2: a GPU has exp2, and makes exp of it
+        SLOTS=kv.values.shape[1], R=rows, B=plan.visible.shape[1], G=G, K=K,
+        PAGE=kv.keys.shape[2], D=D, WIDTH=max(16, triton.next_power_of_2(D)), TILE=tile,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    result = queries.new_empty(T, K * G, D)
+    _join[rows, K](
+        mixed, log2_sums, result, shares, rows, G,
+        D=D, SHARES=triton.next_power_of_2(shares), WIDTH=triton.next_power_of_2(D), num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit(do_not_specialize=["R", "B"])
+def _attend(
+    queries, keys, values, page_count, page_block, page_start, visible, mixed, log2_sums, scale, SLOTS, R, B, G, K,
+    PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rows [tile * TILE, (tile + 1) * TILE) of one head over one share of the pages: an online softmax."""
+    share = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    place = tl.arange(0, PAGE).to(tl.int64)[:, None]
+    d = tl.arange(0, WIDTH)
+    pages = tl.load(page_count)
+    pages_each = tl.cdiv(pages, tl.num_programs(0))
+
+    highest = tl.full([TILE], -1e30, tl.float32)  # score so far
+    total = tl.zeros([TILE], tl.float32)  # of exp2(score - highest)
+    mix = tl.zeros([WIDTH, TILE], tl.float32)  # of values, by the same weights
+    for page in range(share * pages_each, tl.minimum((share + 1) * pages_each, pages)):
+        block = tl.load(page_block + page)
+        # How many of this page's tokens the row may see: all from 0 to PAGE, and beyond on both sides
+        seen = tl.load(visible + row // G * B + block, mask=row < R, other=0) - tl.load(page_start + page)
+        query_at = queries + ((block * K + head) * R + row) * D + d[:, None]
+        query = tl.load(query_at, mask=(row < R) & (d[:, None] < D), other=0.0)  # [WIDTH, TILE]
+        key = tl.load(keys + ((page * K + head) * PAGE + place) * D + d, mask=d < D, other=0.0)  # [PAGE, WIDTH]
+        value = tl.load(values + (head * SLOTS + page * PAGE + place) * D + d, mask=d < D, other=0.0)
+        scores = tl.dot(key, query, input_precision="ieee") * scale  # [PAGE, TILE]
+        scores = tl.where(place < seen, scores, -float("inf"))  # the causal mask
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        shrink = tl.exp2(highest - new_highest)  # what was added up before, seen from the new highest score
+        weight = tl.exp2(scores - new_highest)
+        total = total * shrink + tl.sum(weight, 0)
+        mix = tl.dot(value.T, weight.to(value.dtype), mix * shrink, input_precision="ieee")
+        highest = new_highest
+
+    at = (share * K + head) * R + row
+    tl.store(log2_sums + at, tl.log2(total) + highest, mask=row < R)
+    tl.store(mixed + at * D + d[:, None], mix / tl.maximum(total, 1e-30), mask=(row < R) & (d[:, None] < D))
+
+
+@triton.jit(do_not_specialize=["R"])
+def _join(
+    mixed, log2_sums, result, shares, R, G, D: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """One row of one head: what the shares have found, by the weights of the shares."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    K = tl.num_programs(1)
+    share = tl.arange(0, SHARES)
+    d = tl.arange(0, WIDTH)
+    at = ((share * K + head) * R + row).to(tl.int64)
+    log2_sum = tl.load(log2_sums + at, mask=share < shares, other=-float("inf"))
+    weight = tl.exp2(log2_sum - tl.max(log2_sum, 0))
+    inside = (share[:, None] < shares) & (d < D)
+    of_shares = tl.load(mixed + at[:, None] * D + d, mask=inside, other=0.0)  # [SHARES, WIDTH]
+    joined = tl.sum(of_shares * weight[:, None], 0) / tl.sum(weight, 0)
+    token = row // G
+    to = (token * K + head) * G + row % G
+    tl.store(result + to * D + d, joined.to(result.dtype.element_ty), mask=d < D)
+
+
+def attend_to_one_block(queries: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
+    """`attend` where all rows see one block alone, as when a prompt is prefilled: PyTorch has FlashAttention for it."""
+    _, K, T, G, D = queries.shape
+    PAGE = kv.keys.shape[2]
+    plan = positions.plan
+    N = plan.lone_block_length
+    pages_in_order = plan.page_start.argsort()[: triton.cdiv(N, PAGE)]
+    keys = kv.keys[pages_in_order].transpose(0, 1).reshape(1, K, -1, D)[:, :, :N]
+    values = kv.values.view(K, -1, PAGE, D)[:, pages_in_order].view(1, K, -1, D)[:, :, :N]
+    of_heads = queries[0].transpose(1, 2).reshape(1, K * G, T, D)
+    mask = causal_lower_right(T, N)  # the rows are the block's last
+    mixed = F.scaled_dot_product_attention(of_heads, keys, values, mask, scale=scale, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
