@@ -149,12 +149,13 @@ def positions_of(plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dt
     index = plan.visible.gather(1, own) - 1  # [T, 1]: a token sees its own block up to and including itself
     position = plan.offset.gather(1, own) + index  # [T, 1]: in its view
     distance = position - plan.offset  # [T, B]
+    rotations = rotation(torch.cat((index, distance), 1)[..., None], frequencies, dtype)  # [2, T, 1 + B, 1, D]
     return Positions(
         plan=plan,
         page=plan.slot // plan.page_size,
         place=plan.slot % plan.page_size,
-        key_rotation=rotation(index, frequencies, dtype),
-        query_rotation=rotation(distance[..., None], frequencies, dtype),
+        key_rotation=rotations[:, :, 0],
+        query_rotation=rotations[:, :, 1:],
         causal_mask=causal_mask,
     )
 

@@ -11,7 +11,7 @@ from util import config
 
 from minihogwild import Cache, InputError, LayerKind
 from minihogwild.attention import append, positions_of
-from minihogwild.cache import PAGE
+from minihogwild.cache import PAGE, spare_pages
 from minihogwild.rope import rotate, rotation
 
 KINDS = LayerKind(), LayerKind(rope=False)
@@ -174,8 +174,8 @@ def test_block_names_must_differ():
         Cache(SHAPE, ["a", "a"], torch.float32)
 
 
-def test_the_pool_grows_by_doubling_and_stays_near_what_is_needed():
-    """Growth is the only copy of the whole cache: seldom enough that a token is copied about once in all."""
+def test_the_pool_grows_seldom_and_stays_near_what_is_needed():
+    """Growth is the only copy of the whole cache: seldom enough that a token is copied a few times in all."""
     cache, copied, sizes = Cache(SHAPE, ["a", "b"], torch.float32), 0, set()
     for n in range(1, 4001):
         before = cache.layers[0].values.shape[1]
@@ -184,9 +184,10 @@ def test_the_pool_grows_by_doubling_and_stays_near_what_is_needed():
         copied += before if after != before else 0
         sizes.add(after)
         assert cache.layers[0].keys.numel() == cache.layers[0].values.numel() == after * K * D
-        assert after <= 2.2 * 2 * n or after <= 4 * 64  # two blocks of a page or two, at the start
-    assert len(sizes) <= 8
-    assert copied <= after
+        needed = 2 * -(-n // PAGE)
+        assert after <= (needed + spare_pages(needed)) * PAGE
+    assert len(sizes) <= 12
+    assert copied <= 6 * after
 
 
 def test_padded_plans_keep_their_shapes_while_texts_grow():
@@ -229,10 +230,10 @@ def test_a_step_that_fails_for_memory_says_what_was_asked(machine):
         Cache(SHAPE, ["a"], torch.float32).extend([["a"]], [1])
 
 
-def test_a_pool_that_cannot_double_grows_by_what_is_missing(machine):
+def test_a_pool_that_cannot_have_spare_pages_grows_by_what_is_missing(machine):
     cache = Cache(SHAPE, ["a", "b"], torch.float32)
     cache.extend([["a"]], [100 * PAGE])
-    machine.available = bytes_of(101 * PAGE)  # a layer's old pool is there beside its new one
+    machine.available = bytes_of(100 * PAGE) // L + bytes_of(PAGE)  # a layer's old pool is there beside its new one
     for n in range(1, 4):
         cache.extend([["a"]], [PAGE])
         assert len(cache.page_owner) == 100 + n

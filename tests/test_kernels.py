@@ -105,7 +105,7 @@ def test_linear_in_four_bit(four_bit, T, N, E, group):
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
 def test_many_programs_share_a_product_in_four_bits(four_bit, monkeypatch):
-    monkeypatch.setattr(products, "PACKED_PROGRAMS", 4)  # of which a part has no tiles left
+    monkeypatch.setattr(products, "FOUR_BIT_PROGRAMS", 4)  # of which a part has no tiles left
     weight, x = four_bit(64, 128 * 9, 128, torch.float16), torch.randn(2, 128 * 9, dtype=torch.float16)
     ours = kernels.linear_in_four_bit(x, weight, None)
     assert relative_difference(ours, x.double() @ weight.float64().T) <= torch.finfo(torch.float16).eps

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from ..attention import LayerCache, Positions
 from ..config import Config
 from ..weights import Layer
+from .launch import OVERLAPPING, wait_for_predecessor
 
 PROGRAMS = 256  # that share one attention: about two for each processor of a large GPU
 
@@ -27,55 +27,63 @@ def append(qkv: Tensor, layer: Layer, kv: LayerCache, positions: Positions, conf
     T = len(qkv)
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     B = positions.query_rotation.shape[2]
-    queries = qkv.new_empty(B, K, T, H // K, D)
-    _append[T, H + 2 * K, B](
+    G = H // K
+    queries = qkv.new_empty(B, K, T, G, D)
+    _append[T, K, B](
         qkv.contiguous(), layer.q_norm, layer.k_norm, positions.key_rotation, positions.query_rotation,
-        positions.plan.slot, queries, kv.keys, kv.values, config.rms_norm_eps,
-        SLOTS=kv.values.shape[1], H=H, K=K, PAGE=kv.keys.shape[2], D=D, WIDTH=triton.next_power_of_2(D), num_warps=1,
+        positions.query_rotation.stride(1), positions.plan.slot, queries, kv.keys, kv.values, config.rms_norm_eps,
+        SLOTS=kv.values.shape[1], G=G, PAGE=kv.keys.shape[2], D=D,
+        HEADS=triton.next_power_of_2(G), WIDTH=triton.next_power_of_2(D), num_warps=1, **OVERLAPPING,
     )  # fmt: skip
     return queries
 
 
 @triton.jit
 def _append(
-    qkv, q_norm, k_norm, key_rotation, query_rotation, slots, queries, keys, values, epsilon, SLOTS, H, K,
-    PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, q_norm, k_norm, key_rotation, query_rotation, ROTATIONS, slots, queries, keys, values, epsilon, SLOTS, G,
+    PAGE: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: of q, k or v. A query is rotated for one block; keys and values need only one program."""
+    """One token, and one of the K heads: its G queries, rotated for one block; the first program writes key and value.
+
+    A token's rotations, D numbers each, take ROTATIONS numbers.
+    """
+    wait_for_predecessor()
     t = tl.program_id(0).to(tl.int64)
     T = tl.num_programs(0)
-    head = tl.program_id(1)
+    k = tl.program_id(1)
+    K = tl.num_programs(1)
     block = tl.program_id(2)
-    B = tl.num_programs(2)
     d = tl.arange(0, WIDTH)
-    start = (t * (H + 2 * K) + head) * D
-    slot = tl.load(slots + t)
-    if head < H:
-        rotation = query_rotation + (t * B + block) * D
-        rotated = rotated_head(qkv + start, q_norm, rotation, T * B * D, epsilon, D, WIDTH)
-        G = H // K
-        at = ((block * K + head // G) * T + t) * G + head % G
-        tl.store(queries + at * D + d, rotated.to(queries.dtype.element_ty), mask=d < D)
-    elif block == 0:
-        if head < H + K:
-            rotated = rotated_head(qkv + start, k_norm, key_rotation + t * D, T * D, epsilon, D, WIDTH)
-            at = (slot // PAGE * K + head - H) * PAGE + slot % PAGE
-            tl.store(keys + at * D + d, rotated.to(keys.dtype.element_ty), mask=d < D)
-        else:
-            value = tl.load(qkv + start + d, mask=d < D, other=0.0)
-            at = (head - H - K).to(tl.int64) * SLOTS + slot
-            tl.store(values + at * D + d, value.to(values.dtype.element_ty), mask=d < D)
+    of_token = qkv + t * (G + 2) * K * D
+    to_sin = T * ROTATIONS
+
+    head = tl.arange(0, HEADS)[:, None]
+    cos = query_rotation + t * ROTATIONS + block * D
+    query = rotated_heads(of_token + (k * G + head) * D, head < G, q_norm, cos, to_sin, epsilon, D, WIDTH)
+    query_to = queries + (((block * K + k) * T + t) * G + head) * D
+    tl.store(query_to + d, query.to(queries.dtype.element_ty), mask=(head < G) & (d < D))
+
+    if block == 0:
+        slot = tl.load(slots + t)
+        one = tl.arange(0, 1)[:, None]
+        key_at = of_token + (G * K + k + one) * D
+        key = rotated_heads(key_at, one < 1, k_norm, key_rotation + t * ROTATIONS, to_sin, epsilon, D, WIDTH)
+        key_to = keys + ((slot // PAGE * K + k) * PAGE + slot % PAGE + one) * D
+        tl.store(key_to + d, key.to(keys.dtype.element_ty), mask=d < D)
+        value = tl.load(of_token + ((G + 1) * K + k) * D + d, mask=d < D, other=0.0)
+        value_to = values + (k.to(tl.int64) * SLOTS + slot) * D
+        tl.store(value_to + d, value.to(values.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
-def rotated_head(x, weight, cos, to_sin, epsilon, D: tl.constexpr, WIDTH: tl.constexpr):
-    """`rope.rotate` of D numbers, after the norm where there is one; `sin` lies `to_sin` numbers behind `cos`."""
+def rotated_heads(x, inside, weight, cos, to_sin, epsilon, D: tl.constexpr, WIDTH: tl.constexpr):
+    """`rope.rotate` of some heads, after the norm where there is one. `sin` lies `to_sin` numbers behind `cos`."""
     d = tl.arange(0, WIDTH)
     other = (d + D // 2) % D  # beside each number, the other one of its pair
-    a = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
-    b = tl.load(x + other, mask=d < D, other=0.0).to(tl.float32)
+    a = tl.load(x + d, mask=inside & (d < D), other=0.0).to(tl.float32)
+    b = tl.load(x + other, mask=inside & (d < D), other=0.0).to(tl.float32)
     if weight is not None:
-        factor = tl.rsqrt(tl.sum(a * a, 0) / D + epsilon)
+        factor = tl.rsqrt(tl.sum(a * a, 1) / D + epsilon)[:, None]
         a *= factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
         b *= factor * tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)
     return a * tl.load(cos + d, mask=d < D, other=0.0) + b * tl.load(cos + to_sin + d, mask=d < D, other=0.0)
@@ -108,12 +116,12 @@ def attend_to_pages(queries: Tensor, kv: LayerCache, positions: Positions, scale
         scale / math.log(2),  # scores by the base 2: a GPU has exp2, and makes exp of it
         SLOTS=kv.values.shape[1], R=rows, B=plan.visible.shape[1], G=G, K=K,
         PAGE=kv.keys.shape[2], D=D, WIDTH=max(16, triton.next_power_of_2(D)), TILE=tile,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, **OVERLAPPING,
     )  # fmt: skip
     result = queries.new_empty(T, K * G, D)
     _join[rows, K](
         mixed, log2_sums, result, shares, rows, G,
-        D=D, SHARES=triton.next_power_of_2(shares), WIDTH=triton.next_power_of_2(D), num_warps=4,
+        D=D, SHARES=triton.next_power_of_2(shares), WIDTH=triton.next_power_of_2(D), num_warps=4, **OVERLAPPING,
     )  # fmt: skip
     return result
 
@@ -124,6 +132,7 @@ def _attend(
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Rows [tile * TILE, (tile + 1) * TILE) of one head over one share of the pages: an online softmax."""
+    wait_for_predecessor()
     share = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -162,6 +171,7 @@ def _join(
     mixed, log2_sums, result, shares, R, G, D: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """One row of one head: what the shares have found, by the weights of the shares."""
+    wait_for_predecessor()
     row = tl.program_id(0)
     head = tl.program_id(1)
     K = tl.num_programs(1)
@@ -188,6 +198,10 @@ def attend_to_one_block(queries: Tensor, kv: LayerCache, positions: Positions, s
     keys = kv.keys[pages_in_order].transpose(0, 1).reshape(1, K, -1, D)[:, :, :N]
     values = kv.values.view(K, -1, PAGE, D)[:, pages_in_order].view(1, K, -1, D)[:, :, :N]
     of_heads = queries[0].transpose(1, 2).reshape(1, K * G, T, D)
-    mask = causal_lower_right(T, N)  # the rows are the block's last
-    mixed = F.scaled_dot_product_attention(of_heads, keys, values, mask, scale=scale, enable_gqa=True)
+    which = {"is_causal": True}
+    if T < N:  # the rows are the block's last
+        from torch.nn.attention.bias import causal_lower_right  # not above: it loads PyTorch's compiler, for seconds
+
+        which = {"attn_mask": causal_lower_right(T, N)}
+    mixed = F.scaled_dot_product_attention(of_heads, keys, values, **which, scale=scale, enable_gqa=True)
     return mixed[0].transpose(0, 1)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Chosen
+from .launch import OVERLAPPING, wait_for_predecessor
 
 MOST_NUMBERS = 2**15  # pairs times experts, that one program compares at once
 
@@ -43,7 +44,7 @@ def choose(logits: Tensor, R: int, shares_sum_to_1: bool) -> Chosen:
     _choose[T,](
         logits, experts, shares, T, X, parts,
         PARTS=triton.next_power_of_2(parts), WIDTH=triton.next_power_of_2(X), R=R, SUM_TO_1=shares_sum_to_1,
-        num_warps=1,
+        num_warps=1, **OVERLAPPING,
     )  # fmt: skip
     return Chosen(experts, shares)
 
@@ -54,6 +55,7 @@ def _choose(
     PARTS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, SUM_TO_1: tl.constexpr,
 ):  # fmt: skip
     """One token: the softmax of its logits, then R times the largest that is left."""
+    wait_for_predecessor()
     t = tl.program_id(0)
     part = tl.arange(0, PARTS)[:, None]
     x = tl.arange(0, WIDTH)
@@ -94,7 +96,7 @@ def group_few(experts: Tensor, X: int, width: int) -> Groups:
     _group[1,](
         experts, expert, pair, T * R, X, count, R,
         PAIRS=triton.next_power_of_2(T * R), WIDTH=triton.next_power_of_2(X), GROUPS=triton.next_power_of_2(count),
-        COLUMNS=width, num_warps=4,
+        COLUMNS=width, num_warps=4, **OVERLAPPING,
     )  # fmt: skip
     return Groups(expert, pair, T * R)
 
@@ -105,6 +107,7 @@ def _group(
     PAIRS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A group for each expert that is chosen, in their order; token t stands in column t."""
+    wait_for_predecessor()
     g = tl.arange(0, GROUPS)
     column = tl.arange(0, COLUMNS)
     tl.store(expert_of_group + g, tl.full([GROUPS], -1, tl.int32), mask=g < count)
@@ -145,12 +148,13 @@ def mix(each: Tensor, shares: Tensor) -> Tensor:
     """The sum of the experts' results by their shares: [T, R, E] to [T, E]."""
     T, R, E = each.shape
     mixed = each.new_empty(T, E)
-    _mix[T, triton.cdiv(E, 512)](each, shares, mixed, E, R, RANKS=triton.next_power_of_2(R), num_warps=4)
+    _mix[T, triton.cdiv(E, 512)](each, shares, mixed, E, R, RANKS=triton.next_power_of_2(R), num_warps=4, **OVERLAPPING)
     return mixed
 
 
 @triton.jit
 def _mix(each, shares, mixed, E, R, RANKS: tl.constexpr):
+    wait_for_predecessor()
     t = tl.program_id(0)
     e = tl.program_id(1) * 512 + tl.arange(0, 512)
     r = tl.arange(0, RANKS)

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..packed import FourBit, Tiles
 from .experts import Groups
+from .launch import OVERLAPPING, wait_for_predecessor
 
 SHARED_MEMORY = 0  # bytes that one program may have
 if torch.cuda.is_available():
     SHARED_MEMORY = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 FEW_ROWS = 16  # the fewest columns of a tensor core's product
 LONG_SUM = 4096  # columns of a plain weight that one program goes through, about
-PACKED_PROGRAMS = 1792  # that share one product with a packed weight, about
+FOUR_BIT_PROGRAMS = 1792  # that share one product, about
+EIGHT_BIT_PROGRAMS = 512
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which reads no assembly
 
 
@@ -36,7 +38,7 @@ def linear_for_few_rows(
     if groups is not None:
         parts = 1  # there are programs enough
     elif weight.dtype == torch.int8:
-        parts = max(1, min(PACKED_PROGRAMS // triton.cdiv(N, 64), E // 512))
+        parts = max(1, min(EIGHT_BIT_PROGRAMS // triton.cdiv(N, 64), E // 512))
     else:
         parts = max(1, E // LONG_SUM)
     if parts == 1:
@@ -59,15 +61,15 @@ def parts_of_product(
     sums = x.new_empty(parts, rows, N, dtype=torch.float32 if parts > 1 else x.dtype)
     columns = FEW_ROWS if groups is None else groups.width
     if weight.dtype == torch.int8 and x.dtype == torch.bfloat16:
-        # One warp has a whole tile in its registers: so codes need not change places before they are multiplied.
-        tile, warps, stages = 64, 1, 4
+        # Two warps multiply each for itself (four would do it together): codes stay where they were unpacked.
+        tile, warps, stages = 256, 2, 3
     else:
         bytes_on_their_way = 6 * 128 * (64 * weight.itemsize + columns * x.itemsize)
         tile, warps, stages = 128, 4, 6 if bytes_on_their_way < SHARED_MEMORY else 3
     _linear[triton.cdiv(N, 64), parts, 1 if groups is None else groups.count](
         x, weight, scale, bias, sums, *tables_of(groups, x), rows, N, E,
         LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=columns, SPLIT=parts > 1,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **OVERLAPPING,
     )  # fmt: skip
     return sums
 
@@ -83,18 +85,21 @@ def total_of(sums: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: tor
     """The sum of the parts, [parts, T, N] in float32, times the scale of its rows, plus bias."""
     parts, T, N = sums.shape
     total = sums.new_empty(T, N, dtype=dtype)
-    _total[triton.cdiv(T * N, 128),](
-        sums, scale, bias, total, T * N, N, parts, PARTS=triton.next_power_of_2(parts), num_warps=4
+    PARTS = triton.next_power_of_2(parts)
+    block = max(128, 4096 // PARTS)
+    _total[triton.cdiv(T * N, block),](
+        sums, scale, bias, total, T * N, N, parts, PARTS=PARTS, BLOCK=block, num_warps=4, **OVERLAPPING
     )
     return total
 
 
 @triton.jit(do_not_specialize=["TN", "parts"])
-def _total(sums, scale, bias, total, TN, N, parts, PARTS: tl.constexpr):
-    """128 numbers; all parts of them at once, since each waits for memory alike."""
-    at = tl.program_id(0) * 128 + tl.arange(0, 128)
+def _total(sums, scale, bias, total, TN, N, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers; all parts of them at once, since each waits for memory alike."""
+    wait_for_predecessor()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)[:, None]
-    several = tl.load(sums + part * TN + at, mask=(part < parts) & (at < TN), other=0.0)  # [PARTS, 128]
+    several = tl.load(sums + part * TN + at, mask=(part < parts) & (at < TN), other=0.0)  # [PARTS, BLOCK]
     result = tl.sum(several, 0)
     if scale is not None:
         result *= tl.load(scale + at % N).to(tl.float32)
@@ -112,6 +117,7 @@ def _linear(
     LENGTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """64 rows of the weight, columns [part * LENGTH, (part + 1) * LENGTH) of them, times some rows of x."""
+    wait_for_predecessor()
     n = tl.program_id(0) * 64 + tl.arange(0, 64)
     part = tl.program_id(1)
     expert, target, source = rows_of_group(expert_of_group, pair_of_group, SHARING, T, COLUMNS)
@@ -196,7 +202,7 @@ def linear_in_four_bit(x: Tensor, weight: FourBit, bias: Tensor | None, groups: 
     down, across = weight.codes.shape[-4:-2]
     parts = 1
     if groups is None:
-        parts = max(1, min(PACKED_PROGRAMS // down, across // 4))
+        parts = max(1, min(FOUR_BIT_PROGRAMS // down, across // 4))
     rows = len(x) if groups is None else groups.pairs
     few = 8 if rows <= 8 else FEW_ROWS
     exponent, offset = EXPONENT_OF[x.dtype]
@@ -205,7 +211,7 @@ def linear_in_four_bit(x: Tensor, weight: FourBit, bias: Tensor | None, groups: 
         x, weight.codes, weight.scale, weight.zero, bias, sums, *tables_of(groups, x), rows, N, E,
         weight.scale.shape[-2], across, weight.group, triton.cdiv(across, parts),
         GROUP=min(weight.group, 128), EXPONENT=exponent, OFFSET=offset,
-        COLUMNS=few if groups is None else groups.width, SPLIT=parts > 1, num_warps=1, num_stages=3,
+        COLUMNS=few if groups is None else groups.width, SPLIT=parts > 1, num_warps=1, num_stages=3, **OVERLAPPING,
     )  # fmt: skip
     return total_of(sums, None, bias, x.dtype) if parts > 1 else sums[0]
 
@@ -219,6 +225,7 @@ def _linear_in_four_bit(
 
     Of a group, sum((code - zero) * x) is sum(code * x) - zero * sum(x); the second sum is a product with ones.
     """
+    wait_for_predecessor()
     down = tl.program_id(0)
     part = tl.program_id(1)
     row = tl.arange(0, 64)
@@ -273,13 +280,16 @@ def unpack_four_bit(weight: FourBit, dtype: torch.dtype) -> Tensor:
     N, E = weight.shape
     matrix = torch.empty(N, E, dtype=dtype, device=weight.codes.device)
     down, across = weight.codes.shape[:2]
-    _unpack_four_bit[down, across](weight.codes, weight.scale, weight.zero, matrix, N, E, across, weight.group)
+    _unpack_four_bit[down, across](
+        weight.codes, weight.scale, weight.zero, matrix, N, E, across, weight.group, **OVERLAPPING
+    )
     return matrix
 
 
 @triton.jit
 def _unpack_four_bit(codes, scale, zero, matrix, N, E, ACROSS, group):
     """One tile."""
+    wait_for_predecessor()
     down = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.arange(0, 64)
