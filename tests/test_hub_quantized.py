@@ -59,6 +59,27 @@ def assert_means(weights: Weights, meant: dict[str, torch.Tensor], config: dict)
             assert torch.equal(exact(layer.down), torch.stack(down))
 
 
+def with_quantization(kind: str, **changes) -> dict:
+    settings = quantization_config(kind, 32)
+    for key, value in changes.items():
+        if (
+            key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder")
+            and "config_groups" in settings
+        ):
+            settings["config_groups"]["group_0"]["weights"][key] = value
+        elif key == "input_activations":
+            settings["config_groups"]["group_0"][key] = value
+        else:
+            settings[key] = value
+    return {"quantization_config": settings}
+
+
+def groups_like(**groups: dict) -> dict:
+    """config_groups, of which each has these changes."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    return {name: {"weights": weights | changes} for name, changes in groups.items()}
+
+
 # ---- the formats
 
 
@@ -134,6 +155,40 @@ def test_the_newer_key_for_the_format_of_gptq(tmp_path):
     assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
+NO_DIFFERENCE = {
+    "awq, all keys": with_quantization(
+        "awq", format="gemm", checkpoint_format="gemm", method="awq", pack_dtype="int32"
+    ),
+    "awq, in capitals": with_quantization("awq", version="GEMM"),
+    "gptq, all keys": with_quantization("gptq", format="gptq", method="gptq", pack_dtype="int32"),
+    "gptq, some modules left": with_quantization("gptq", dynamic={"-:.*up_proj": {}, "-:.*gate.*": {"bits": 8}}),
+    "weights ordered while they were made": with_quantization("symmetric", actorder="weight"),
+    "the same, by its other name": with_quantization("symmetric", actorder="static"),
+    "no order": with_quantization("symmetric", actorder=False),
+    "groups made in two ways": with_quantization(
+        "symmetric", config_groups=groups_like(a={"observer": "mse"}, b={"observer": "minmax", "actorder": None})
+    ),
+    "groups of which one says the default": with_quantization(
+        "symmetric", config_groups=groups_like(a={}, b={"symmetric": True, "dynamic": False})
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_DIFFERENCE)
+def test_settings_that_say_the_same(tmp_path, what):
+    change = NO_DIFFERENCE[what]
+    kind = change["quantization_config"]["quant_method"]
+    made = pack(DENSE, "symmetric" if kind == "compressed-tensors" else kind, 32, keep=("lm_head", "up_proj"))
+    made.config |= change
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
+
+
+def test_the_older_key_for_compressed_tensors(tmp_path):
+    made = pack(DENSE, "symmetric", 32)
+    made.config["compression_config"] = made.config.pop("quantization_config")
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
+
+
 def test_shards(tmp_path):
     made = pack(EXPERTS, "awq", 32)
     weights = load(folder_of(tmp_path, made, shards=3), "float32", "cpu").weights
@@ -170,22 +225,7 @@ def test_engine_equals_oracle(tmp_path, shape, kind, dtype, tolerance):
 # ---- refusals
 
 
-def with_quantization(kind: str, **changes) -> dict:
-    settings = quantization_config(kind, 32)
-    for key, value in changes.items():
-        if (
-            key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
-            and "config_groups" in settings
-        ):
-            settings["config_groups"]["group_0"]["weights"][key] = value
-        elif key == "input_activations":
-            settings["config_groups"]["group_0"][key] = value
-        else:
-            settings[key] = value
-    return {"quantization_config": settings}
-
-
-TWO_GROUPS = {name: {"weights": {"num_bits": bits, "type": "int"}} for name, bits in (("a", 4), ("b", 8))}
+TWO_GROUPS = groups_like(a={}, b={"group_size": 64})
 REFUSED = {
     "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
     "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
@@ -196,12 +236,20 @@ REFUSED = {
     "awq of a text": (with_quantization("awq", bits="4"), "bits '4'"),
     "awq's other version": (with_quantization("awq", version="gemv"), "version 'gemv'"),
     "awq without zero points": (with_quantization("awq", zero_point=False), "zero_point False"),
+    "awq by the newer key": (with_quantization("awq", format="gemv_fast"), "format 'gemv_fast'"),
+    "awq by another key": (with_quantization("awq", checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    "awq, made as gptq": (with_quantization("awq", method="gptq"), "method 'gptq'"),
+    "awq, by module": (with_quantization("awq", dynamic={"+:.*": {"bits": 8}}), "dynamic"),
     "awq, no group": (with_quantization("awq", group_size=None), "group_size"),
     "awq, group 0": (with_quantization("awq", group_size=0), "group_size"),
     "gptq of 3 bits": (with_quantization("gptq", bits=3), "bits 3"),
     "gptq for marlin": (with_quantization("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
     "gptq, marlin of old": (with_quantization("gptq", is_marlin_format=True), "is_marlin_format True"),
     "gptq, by module": (with_quantization("gptq", dynamic={"+:.*": {"bits": 8}}), "dynamic"),
+    "gptq, some by module": (with_quantization("gptq", dynamic={"-:.*up.*": {}, ".*": {"bits": 8}}), "dynamic '.*'"),
+    "gptq, a list of modules": (with_quantization("gptq", dynamic=["-:.*"]), "dynamic must be an object"),
+    "gptq, made as qqq": (with_quantization("gptq", method="qqq"), "method 'qqq'"),
+    "gptq in long words": (with_quantization("gptq", pack_dtype="int64"), "pack_dtype 'int64'"),
     "not packed": (with_quantization("symmetric", format="float-quantized"), "format 'float-quantized'"),
     "of 8 bits": (with_quantization("symmetric", num_bits=8), "num_bits 8"),
     "rotated": (with_quantization("symmetric", transform_config={"config_groups": {"R4": {}}}), "transform_config"),
@@ -209,10 +257,14 @@ REFUSED = {
     "gptq, two formats": (with_quantization("gptq", format="gptq_v2"), "contradicts"),
     "of floats": (with_quantization("symmetric", type="float"), "type 'float'"),
     "activations too": (with_quantization("symmetric", input_activations={"num_bits": 8}), "input_activations"),
+    "inputs in another order": (with_quantization("symmetric", actorder="group"), "actorder 'group'"),
+    "inputs in another order, by its other name": (with_quantization("symmetric", actorder="dynamic"), "'dynamic'"),
+    "inputs in another order, as of old": (with_quantization("symmetric", actorder=True), "actorder True"),
     "by block": (with_quantization("symmetric", strategy="block"), "strategy 'block'"),
     "sparse": (with_quantization("symmetric", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
     "a cache in 8 bits": (with_quantization("symmetric", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "two schemes": (with_quantization("symmetric", config_groups=TWO_GROUPS), "config_groups that differ"),
+    "packed, by its older name": ({"compression_config": {"quant_method": "fp8"}}, "'fp8'"),
     "no scheme": (with_quantization("symmetric", config_groups={}), "config_groups"),
 }
 
@@ -221,9 +273,10 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_name(tmp_path, what):
     """By config.json alone: no other file is there."""
     change, named = REFUSED[what]
+    [key] = change
     write_json(tmp_path / "config.json", TINY | change)
     message = refusal(load, tmp_path, device="cpu")
-    assert message.startswith("config.json: quantization_config: ")
+    assert message.startswith(f"config.json: {key}: ")
     assert named in message
 
 

@@ -55,7 +55,8 @@ ALLOWED = {
     "sliding_window": Allowed(int, 0, 2**31),
     "max_window_layers": Allowed(int, 0, 2**20),
     "layer_types": LIST,
-    "quantization_config": OBJECT,  # for quantized.py
+    "quantization_config": OBJECT,  # for quantized.py, as is the next
+    "compression_config": OBJECT,
     # about experts
     "num_experts": COUNT,
     "num_local_experts": COUNT,

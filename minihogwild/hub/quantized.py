@@ -375,39 +375,54 @@ def storage_of(format: Format | None, quantize: int | None, dtypes: dict[str, st
     return Packed(format, dtypes.keys(), dtype_of_scale)
 
 
-@refusing("config.json: quantization_config")
 def format_of(settings: dict) -> Format | None:
     """The format that config.json says its checkpoint is packed in; None for a plain one."""
-    quantization = settings.get("quantization_config")
+    key = "quantization_config"
+    if not settings.get(key):
+        key = "compression_config"  # as compressed-tensors called it at first
+    quantization = settings.get(key)
     if not quantization:
         return None
-    require(isinstance(quantization, dict), f"must be an object, not {quantization!r}")
-    given = {key: value for key, value in quantization.items() if value is not None}
-    method = given.get("quant_method")
-    readers = {"awq": awq_format, "gptq": gptq_format, "compressed-tensors": compressed_tensors_format}
-    supported = isinstance(method, str) and method in readers
-    require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
-    return readers[method](given)
+    with refusing(f"config.json: {key}"):
+        require(isinstance(quantization, dict), f"must be an object, not {quantization!r}")
+        given = {key: value for key, value in quantization.items() if value is not None}
+        method = given.get("quant_method")
+        readers = {"awq": awq_format, "gptq": gptq_format, "compressed-tensors": compressed_tensors_format}
+        supported = isinstance(method, str) and method in readers
+        require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
+        return readers[method](given)
 
 
 def awq_format(given: dict) -> Awq:
-    require_only(given, "bits", 4)
-    require_only(given, "zero_point", True)
-    version = str(given.get("version", "gemm"))
-    require(version.lower() == "gemm", f"version {version!r} is not supported, only 'gemm'")
+    require_only(given, "zero_point", True)  # without them AutoAWQ cannot write this version
+    for key in ("version", "format", "checkpoint_format"):  # the last two as GPTQModel writes them
+        version = str(given.get(key, "gemm"))
+        require(version.lower() == "gemm", f"{key} {version!r} is not supported, only 'gemm'")
+    require_common_settings(given, "awq")
     return Awq(group_size(given, "group_size"))
 
 
 def gptq_format(given: dict) -> Gptq:
-    require_only(given, "bits", 4)
-    require_only(given, "dynamic", {})
     require_only(given, "is_marlin_format", False)
     older_key = given.get("checkpoint_format", "gptq")
     version = given.get("format", older_key)
     same = "checkpoint_format" not in given or version == older_key
     require(same, f"format {version!r} contradicts checkpoint_format {older_key!r}")
     require(version in ("gptq", "gptq_v2"), f"checkpoint_format {version!r} is not supported ('gptq', 'gptq_v2' are)")
+    require_common_settings(given, "gptq")
     return Gptq(group_size(given, "group_size"), zero_is_less_one=version == "gptq")
+
+
+def require_common_settings(given: dict, method: str) -> None:
+    """What AWQ and GPTQ share, since GPTQModel writes both."""
+    require_only(given, "bits", 4)
+    require_only(given, "method", method)
+    require_only(given, "pack_dtype", "int32")
+    dynamic = given.get("dynamic", {})
+    require(isinstance(dynamic, dict), f"dynamic must be an object, not {dynamic!r}")
+    for pattern in dynamic:
+        is_left = pattern.startswith("-:")  # as it is: the files tell which modules these are
+        require(is_left, f"dynamic {pattern!r} is not supported: all packed modules must be packed alike")
 
 
 def compressed_tensors_format(given: dict) -> CompressedTensors:
@@ -417,30 +432,34 @@ def compressed_tensors_format(given: dict) -> CompressedTensors:
     sparsity = given.get("sparsity_config", {})
     is_dense = sparsity == {} or (isinstance(sparsity, dict) and sparsity.get("format") == "dense")
     require(is_dense, "sparsity_config is not supported")
-    scheme = weights_scheme(given.get("config_groups"))
+    groups = given.get("config_groups")
+    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
+    require(right, f"config_groups must be objects by name, not {groups!r}")
+    first, *others = [format_of_group(group) for group in groups.values()]
+    alike = all(other == first for other in others)
+    require(alike, "config_groups that differ in their weights are not supported")
+    return first
+
+
+def format_of_group(group: dict) -> CompressedTensors:
+    """How one of compressed-tensors' groups of modules has its weights packed."""
+    for key in ("input_activations", "output_activations"):
+        require(not group.get(key), f"{key} are not supported: only weights may be quantised")
+    weights = group.get("weights")
+    require(isinstance(weights, dict), f"config_groups: weights must be an object, not {weights!r}")
+    scheme = {key: value for key, value in weights.items() if value is not None}
     require_only(scheme, "num_bits", 4)
     require_only(scheme, "type", "int")
     require_only(scheme, "dynamic", False)
+    order = scheme.get("actorder", False)  # of the inputs: "weight" and "static" have gone back to that of the model
+    in_order = order in (False, "weight", "static")
+    require(in_order, f"actorder {order!r}, inputs in groups out of their order, is not supported: use another copy")
     strategy = scheme.get("strategy", "group")
     require(strategy in ("group", "channel"), f"strategy {strategy!r} is not supported ('group', 'channel' are)")
-    group = group_size(scheme, "group_size") if strategy == "group" else None
+    columns = group_size(scheme, "group_size") if strategy == "group" else None
     symmetric = scheme.get("symmetric", True)
     require(isinstance(symmetric, bool), f"symmetric must be true or false, not {symmetric!r}")
-    return CompressedTensors(group, symmetric)
-
-
-def weights_scheme(groups: object) -> dict:
-    """How compressed-tensors' groups of modules have their weights quantised, all alike; nulls are left out."""
-    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
-    require(right, f"config_groups must be objects by name, not {groups!r}")
-    schemes = [group.get("weights") for group in groups.values()]
-    require(schemes.count(schemes[0]) == len(schemes), "config_groups that differ in their weights are not supported")
-    for group in groups.values():
-        for key in ("input_activations", "output_activations"):
-            require(not group.get(key), f"{key} are not supported: only weights may be quantised")
-    scheme = schemes[0]
-    require(isinstance(scheme, dict), f"config_groups: weights must be an object, not {scheme!r}")
-    return {key: value for key, value in scheme.items() if value is not None}
+    return CompressedTensors(columns, symmetric)
 
 
 def require_only(given: dict, key: str, only: object) -> None:
