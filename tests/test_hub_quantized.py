@@ -204,6 +204,28 @@ def test_biases_of_zeros_that_some_writers_add(tmp_path):
     assert "lacks model.layers.1.self_attn.o_proj.bias" in message  # they are no zeros: so all layers need theirs
 
 
+@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate"])
+def test_a_bias_that_no_model_has_may_be_of_zeros(tmp_path, module):
+    made = pack(DENSE, "gptq", 32)
+    made.tensors[module + ".bias"] = torch.zeros(8)
+    assert_means(loaded(tmp_path / "zeros", made), made.meant, DENSE)
+    made.tensors[module + ".bias"][3] = 1
+    assert f"does not know: {module}.bias" in refusal(loaded, tmp_path / "ones", made)
+
+
+@pytest.mark.parametrize("zero", ["q_proj", "k_proj", "layers.1."])
+def test_a_bias_that_the_model_has_may_be_of_zeros(tmp_path, zero):
+    shape = DENSE | {"model_type": "qwen2"}
+    made = pack(shape, "gptq", 32, biases=True)
+    for name, tensor in made.tensors.items():
+        if name.endswith(".bias") and zero in name:
+            tensor.zero_()
+    weights = loaded(tmp_path, made)
+    for i, layer in enumerate(weights.layers):
+        biases = [made.tensors[f"model.layers.{i}.self_attn.{part}_proj.bias"] for part in "qkv"]
+        assert torch.equal(layer.qkv_bias, torch.cat(biases))
+
+
 # ---- the engine with them
 
 
@@ -331,6 +353,22 @@ def test_inputs_in_another_order(tmp_path):
     assert f"{AT}g_idx: desc_act" in message
 
 
+def test_inputs_in_another_order_are_seen_before_memory_is_asked_for(tmp_path, monkeypatch):
+    free_memory(monkeypatch, 10)
+    test_inputs_in_another_order(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("kind", "name"), [("awq", "scales"), ("gptq", "scales"), ("symmetric", "weight_scale")])
+def test_a_scale_that_is_no_number(tmp_path, kind, name, wrong):
+    def spoil(tensors):
+        tensors[AT + name][1, 1] = wrong
+
+    message = spoilt(tmp_path, kind, spoil)
+    assert message.startswith(f"model.safetensors: {AT}{name}: ")
+    assert "NaN or infinite" in message
+
+
 def test_a_shape_that_says_otherwise(tmp_path):
     def lie(tensors):
         tensors[AT + "weight_shape"] = torch.tensor([64, 63])
@@ -364,10 +402,40 @@ def test_a_plain_checkpoint_that_claims_to_be_packed(tmp_path):
     assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
-def test_a_packed_checkpoint_that_claims_to_be_plain(tmp_path):
-    made = pack(DENSE, "awq", 32)
+@pytest.mark.parametrize("quantize", [None, 8])
+@pytest.mark.parametrize(("kind", "name"), [("awq", "qweight"), ("gptq", "qweight"), ("symmetric", "weight_packed")])
+def test_a_packed_checkpoint_that_claims_to_be_plain(tmp_path, kind, name, quantize):
+    """Its settings may be in quantize_config.json alone."""
+    made = pack(DENSE, kind, 32)
     made.config = without(made.config, "quantization_config")
-    assert "lacks model.layers.0.mlp.down_proj.weight" in refusal(loaded, tmp_path, made)
+    message = refusal(loaded, tmp_path, made, quantize=quantize)
+    assert message.startswith("model.safetensors: model.layers.0.mlp.down_proj." + name)
+    assert "packed, but config.json has no quantization_config" in message
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "symmetric"])
+def test_a_packed_router(tmp_path, kind):
+    shape = EXPERTS | {"num_experts": 8}
+    message = refusal(loaded, tmp_path, pack(shape, kind, 32, keep=("lm_head",)))
+    assert message.startswith("model.safetensors: model.layers.1.mlp.gate.")
+    assert "packed, which this module must not be" in message
+
+
+def test_a_packed_embedding(tmp_path):
+    made = pack(DENSE | {"vocab_size": 264}, "symmetric", 32, keep=())
+    made.tensors["model.embed_tokens.weight_packed"] = made.tensors["lm_head.weight_packed"].clone()
+    del made.tensors["model.embed_tokens.weight"]
+    message = refusal(loaded, tmp_path, made)
+    assert message.startswith("model.safetensors: model.embed_tokens.weight_packed: packed, which this module must not")
+
+
+def test_a_packed_head_of_a_tied_model(tmp_path):
+    made = pack(DENSE | {"vocab_size": 264}, "gptq", 32, keep=())
+    made.config["tie_word_embeddings"] = True
+    message = refusal(loaded, tmp_path, made)
+    assert message.startswith(
+        "model.safetensors: lm_head.qweight: packed, a head of its own, but config.json's tie_word"
+    )
 
 
 # ---- rounding
@@ -397,6 +465,16 @@ def test_rounded_weights_are_as_near_as_can_be(tmp_path, shape, bits, dtype):
             assert steps.mean() < 0.27, (name, steps.mean())
     assert isinstance(rounded.head, EightBit)
     assert torch.equal(rounded.embed, plain.embed.to(rounded.embed.dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_rounded(tmp_path, bits, wrong):
+    tensors = make_tensors(DENSE, dtype=torch.float16)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = wrong
+    message = refusal(load, make_folder(tmp_path, DENSE, tensors), device="cpu", quantize=bits)
+    assert message.startswith("model.safetensors: model.layers.1.mlp.up_proj.weight: ")
+    assert "NaN or infinite" in message
 
 
 @pytest.mark.parametrize("bits", [8, 4])

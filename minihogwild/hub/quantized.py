@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import refusing, require
-from ..packed import HIGHEST_CODE_OF_4, FourBit, Stacked, empty_eight_bit, empty_four_bit
+from ..packed import HIGHEST_CODE_OF_4, EightBit, FourBit, Stacked, empty_eight_bit, empty_four_bit
 from ..weights import Dense, Matrix
 
 # safetensors' names of dtypes
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = ("I32",)  # of 32 bits: eight codes
 SIZES = ("I64", "I32")
+PACKED = ("qweight", "weight_packed")  # a module's tensor of codes, by its name within it, in any of the formats
 
 CODES_IN_A_WORD = 8
 ONE_IN_EACH = 0x11111111
@@ -42,6 +43,10 @@ class Turned:
     shape: list[int]
     copy_: Callable[[Tensor], object]
     dtypes: Collection[str] = tuple(FLOATS)  # safetensors' names of those that it may come in
+
+
+class Checked(Turned):
+    """A place for a tensor that is not stored: it says what the model is like, and `copy_` sees whether that is so."""
 
 
 class Storage(Protocol):
@@ -96,8 +101,19 @@ class Rounded:
             matrix = empty_four_bit(N, E, group, dtype_of_scale, device, stack)
         places = {}
         for name, (part, start) in parts_of(matrix, shapes, stack).items():
-            places[name] = Turned(shapes[name], functools.partial(part.fill, start))
+            places[name] = Turned(shapes[name], functools.partial(fill_with_finite, part, start))
         return matrix, places
+
+
+def fill_with_finite(part: EightBit | FourBit, start: int, weight: Tensor) -> None:
+    require_finite(weight)  # what is not would become a number like any other
+    part.fill(start, weight)
+
+
+def require_finite(numbers: Tensor) -> None:
+    lowest, highest = numbers.aminmax()  # both NaN where any number is
+    finite = lowest.isfinite() and highest.isfinite()
+    require(finite, "it holds NaN or infinite numbers")
 
 
 def largest_group(E: int) -> int | None:
@@ -150,7 +166,9 @@ class Rows:
 
     def take_scale(self, scale: Tensor) -> None:
         """[E / group, N]; or one of all groups, or of all"""
-        self.matrix.scale[:, self._slice] = scale.to(self.matrix.scale)
+        scale = scale.to(self.matrix.scale.dtype)
+        require_finite(scale)
+        self.matrix.scale[:, self._slice] = scale
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """There it is unpacked sooner."""
@@ -233,7 +251,7 @@ class Gptq:
                 WORDS,
             ),
             "scales": Turned([groups, N], rows.take_scale),
-            "g_idx": Turned([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
+            "g_idx": Checked([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
         }
 
     def _true_zeros(self, words: Tensor) -> Tensor:
@@ -264,18 +282,21 @@ class CompressedTensors:
                 lambda words: rows.take_codes(nibbles_of(rows.on_device(words)).flatten(1)),
                 WORDS,
             ),
-            "weight_scale": Turned([N, groups], lambda scale: rows.take_scale(scale.T)),
-            "weight_shape": Turned([2], lambda shape: require_shape(shape, rows.shape), SIZES),
+            "weight_scale": Turned([N, groups], lambda scale: self._take_scale(rows, scale)),
+            "weight_shape": Checked([2], lambda shape: require_shape(shape, rows.shape), SIZES),
         }
-        if self.symmetric:
-            rows.take_zero(torch.tensor(8))
-        else:
+        if not self.symmetric:
             found["weight_zero_point"] = Turned(
                 [N // CODES_IN_A_WORD, groups],
                 lambda words: rows.take_zero(nibbles_of(words.T).flatten(1)),
                 WORDS,
             )
         return found
+
+    def _take_scale(self, rows: Rows, scale: Tensor) -> None:
+        rows.take_scale(scale.T)
+        if self.symmetric:  # no tensor brings its zero points
+            rows.take_zero(torch.tensor(8))
 
 
 def nibbles_of(words: Tensor) -> Tensor:
