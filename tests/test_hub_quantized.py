@@ -130,6 +130,18 @@ def test_each_family(tmp_path, family, biases, qk_norms, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+def test_fused_modules(tmp_path, kind):
+    """Phi-3's: q, k and v are packed as one, as are gate and up."""
+    made = pack(DENSE | {"model_type": "phi3"}, kind, 32)
+    weights = loaded(tmp_path, made)
+    for i, layer in enumerate(weights.layers):
+        assert torch.equal(exact(layer.qkv), made.meant[f"model.layers.{i}.self_attn.qkv_proj.weight"])
+        assert torch.equal(exact(layer.gate_up), made.meant[f"model.layers.{i}.mlp.gate_up_proj.weight"])
+        assert torch.equal(exact(layer.down), made.meant[f"model.layers.{i}.mlp.down_proj.weight"])
+        assert isinstance(layer.qkv, FourBit)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("plain", ["k_proj", "layers.0.", "up_proj", "o_proj", "self_attn"])
 def test_what_is_not_converted_is_read_as_it_is(tmp_path, kind, plain):
     """modules_to_not_convert, or ignore: the files tell which modules these are."""
