@@ -238,6 +238,10 @@ class FourBit:
         right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
         return right_order and dtype != torch.float64
 
+    def bytes_to_prepare(self, dtype: torch.dtype) -> int:
+        """What `prepare` takes, on a CPU."""
+        return 2 * self.scale.numel() * dtype.itemsize if self.can_be_prepared(dtype) else 0
+
     def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
         self.prepare(x.dtype)
         blocks, E, half = self.codes.shape

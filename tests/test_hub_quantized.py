@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from util import run as run_schedule
 from minihogwild import Weights, load
 from minihogwild.hub import checkpoint
 from minihogwild.oracle import Oracle
-from minihogwild.packed import EightBit, FourBit, Stacked
+from minihogwild.packed import BlocksOfRows, EightBit, FourBit, Stacked, layout_of_pytorch
 from minihogwild.weights import Dense, Matrix
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows that groups of 32 and 64 divide
@@ -552,6 +553,23 @@ def test_memory_is_asked_for_as_packed(tmp_path, monkeypatch):
     free_memory(monkeypatch, 10)
     message = refusal(load, folder, "float32", "cpu")
     assert "weights in 4 bits (AWQ) needs" in message
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("keep", [("lm_head", "mlp.gate."), ("lm_head", "mlp.gate.", "k_proj")], ids=["all", "some"])
+@pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_what_the_products_prepare_is_asked_for_too(tmp_path, monkeypatch, shape, keep, dtype):
+    asked = []
+    monkeypatch.setattr(checkpoint, "allocating", lambda nbytes, what, device: asked.append(nbytes) or nullcontext())
+    weights = loaded(tmp_path, pack(shape, "awq", 32, keep=keep), dtype)
+    matrices = [getattr(layer, name) for layer in weights.layers for name in ("qkv", "out", "gate_up", "down")]
+    parts = [part for matrix in matrices for part in getattr(matrix, "parts", [matrix]) if isinstance(part, FourBit)]
+    parts = [expert for part in parts for expert in (part.experts if part.scale.dim() == 3 else [part])]
+    for part in parts:
+        part.times(torch.ones(1, part.shape[1], dtype=weights.embed.dtype))
+    prepared = [part.scales_and_shifts.nbytes for part in parts if part.scales_and_shifts is not None]
+    assert bool(prepared) == (dtype != "float64" and isinstance(layout_of_pytorch(), BlocksOfRows))
+    assert asked == [weights.nbytes + sum(prepared)]
 
 
 # ---- what it is computed in

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
 from ..files import read_json, require_file
+from ..packed import FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
 from .progress import Bar
 from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
@@ -210,7 +211,10 @@ def load_weights(
             fill(place, stored.pop(name))
 
     stored_as = storage.name or name_of_dtype(dtype)
-    with allocating(planned.nbytes, f"{model}'s weights in {stored_as}", device):
+    nbytes = planned.nbytes
+    if device.type == "cpu":
+        nbytes += bytes_to_prepare(planned, dtype)
+    with allocating(nbytes, f"{model}'s weights in {stored_as}", device):
         weights, places = empty_weights(config, dtype, device, extras, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
         fill(places[name], tensor)  # so one tensor at a time is held twice, and no more
@@ -219,6 +223,18 @@ def load_weights(
         same = torch.equal(head, weights.embed)
         require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return weights
+
+
+def bytes_to_prepare(weights: Weights, dtype: torch.dtype) -> int:
+    """What matrices in 4 bits will take besides, once they have been multiplied by on a CPU."""
+    matrices = [weights.head]
+    for layer in weights.layers:
+        matrices += [getattr(layer, field) for field in MATRICES]
+    nbytes = 0
+    for matrix in matrices:
+        parts = matrix.parts if isinstance(matrix, Stacked) else [matrix]
+        nbytes += sum(part.bytes_to_prepare(dtype) for part in parts if isinstance(part, FourBit))
+    return nbytes
 
 
 def fill(place: Place, tensor: Stored) -> None:
