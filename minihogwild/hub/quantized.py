@@ -398,10 +398,7 @@ def storage_of(format: Format | None, quantize: int | None, dtypes: dict[str, st
 
 def format_of(settings: dict) -> Format | None:
     """The format that config.json says its checkpoint is packed in; None for a plain one."""
-    key = "quantization_config"
-    if not settings.get(key):
-        key = "compression_config"  # as compressed-tensors called it at first
-    quantization = settings.get(key)
+    key, quantization = quantization_in(settings)
     if not quantization:
         return None
     with refusing(f"config.json: {key}"):
@@ -412,6 +409,26 @@ def format_of(settings: dict) -> Format | None:
         supported = isinstance(method, str) and method in readers
         require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
         return readers[method](given)
+
+
+def quantization_in(settings: dict) -> tuple[str, object]:
+    """(its key in config.json, what it says)"""
+    key = "quantization_config"
+    if not settings.get(key):
+        key = "compression_config"  # as compressed-tensors called it at first
+    return key, settings.get(key)
+
+
+def says_that_head_is_packed(settings: dict) -> bool:
+    """Does config.json, of a format that `format_of` takes? (Whoever has the files asks them instead.)"""
+    _, quantization = quantization_in(settings)
+    method = quantization["quant_method"]
+    if method == "gptq":
+        return quantization.get("lm_head") is True
+    if method == "compressed-tensors":
+        targets = [group.get("targets") for group in quantization["config_groups"].values()]
+        return "Linear" in str(targets) and "lm_head" not in str(quantization.get("ignore"))
+    return False
 
 
 def awq_format(given: dict) -> Awq:
