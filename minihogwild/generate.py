@@ -67,6 +67,7 @@ def arguments() -> Parser:
 def command(options: argparse.Namespace) -> int:
     """Check all that can be checked, load, run, write. Returns the exit code."""
     if options.plan:
+        require_options_of_plan(options)
         print(plan(options.model, options.dtype, options.context))
         return 0
     is_drawn = prepare_terminal(options)
@@ -108,6 +109,16 @@ def prepare_terminal(options: argparse.Namespace) -> bool:
     if options.plain or (is_terminal and not is_drawn):
         disable_progress_bars()
     return is_drawn
+
+
+def require_options_of_plan(options: argparse.Namespace) -> None:
+    """Raise InputError for an option that would be ignored."""
+    parser = arguments()
+    for name, value in vars(options).items():
+        is_given = value != parser.get_default(name)
+        option = "PROMPT" if name == "prompt" else "--" + name.replace("_", "-")
+        taken = name in ("plan", "model", "dtype", "context")
+        require(taken or not is_given, f"--plan takes --model, --dtype and --context, not {option}")
 
 
 def require_pace(pace: float | None) -> None:

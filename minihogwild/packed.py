@@ -2,6 +2,7 @@
 
 A decode step reads every weight once, and that is nearly all of its time: with fewer bytes it takes less. Where codes
 meet a few rows, nothing is ever unpacked in memory: PyTorch has products for it on a CPU, `gpu/kernels.py` on a GPU.
+Else some rows are unpacked at a time: on a CPU so few that they stay in its caches.
 """
 
 import functools
@@ -12,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import Matrix, with_bias
+from .weights import Dense, Matrix, with_bias
 
 # Up to how many rows of x PyTorch's products are faster than to unpack the matrix. They are made for bfloat16: then the
-# 8-bit one has this limit, and the 4-bit one none. Of other dtypes the 4-bit one alone is of use, for a few rows.
-ROWS_IN_EIGHT_BITS = 96
-ROWS_OF_OTHER_DTYPES = 4
+# 8-bit one has this limit, and the 4-bit one none. Of other dtypes the 4-bit one alone is of use, for one row.
+ROWS_IN_EIGHT_BITS = 32
+ROWS_OF_OTHER_DTYPES = 1
 HIGHEST_CODE_OF_8 = 127
 HIGHEST_CODE_OF_4 = 15
 SMALLEST = 1e-30  # scale, of a row of zeros
-NUMBERS_AT_ONCE = 2**20  # that are rounded
+NUMBERS_AT_ONCE = 2**20  # of a matrix, that are rounded, or unpacked on a CPU;
+NUMBERS_AT_ONCE_ON_GPU = 2**26  # it is slow at many small things
 GROUPS_OF_PYTORCH = (32, 64, 128, 256)  # columns that share a scale: what its 4-bit product takes
 
 
@@ -31,6 +33,17 @@ def in_few_rows(start: int, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     for some in weight.split(rows_at_once):
         yield start, some
         start += len(some)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """How many are unpacked."""
+    return NUMBERS_AT_ONCE if device.type == "cpu" else NUMBERS_AT_ONCE_ON_GPU
+
+
+def times_parts(x: Tensor, parts: Iterator[Tensor], bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, for a matrix that comes some rows at a time."""
+    product = torch.cat([Dense(rows).times(x) for rows in parts], -1)
+    return with_bias(product, bias)
 
 
 # ---- 8 bits
@@ -53,16 +66,21 @@ class EightBit:
         has_whole_tiles = N % 16 == 0 and E % 32 == 0
         is_faster = x.dtype == self.scale.dtype == torch.bfloat16 and len(x) <= ROWS_IN_EIGHT_BITS
         if x.device.type == "cpu" and has_whole_tiles and is_faster:
-            product = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
+            product = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
             return with_bias(product, bias)
-        return F.linear(x, self.unpack(x.dtype), bias)
+        return times_parts(x, self.unpacked(x.dtype), bias)
 
     def float64(self) -> Tensor:
-        return self.unpack(torch.float64).cpu()
+        rows = torch.cat([*self.unpacked(torch.float64)])
+        return rows.view(self.codes.shape).cpu()
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
+    def unpacked(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The matrix, [N, E], some rows at a time; of a stack, [X N, E]."""
         exact_dtype = torch.promote_types(dtype, torch.float32)  # in float16 a small scale would lose its digits
-        return (self.codes.to(exact_dtype) * self.scale[..., None].to(exact_dtype)).to(dtype)
+        rows_at_once = max(1, numbers_at_once(self.codes.device) // self.codes.shape[-1])
+        all_codes, all_scales = self.codes.flatten(0, -2), self.scale.flatten()
+        for codes, scale in zip(all_codes.split(rows_at_once), all_scales.split(rows_at_once)):
+            yield (codes.to(exact_dtype) * scale[:, None].to(exact_dtype)).to(dtype)
 
     def __getitem__(self, expert: int) -> "EightBit":
         return EightBit(self.codes[expert], self.scale[expert])
@@ -212,18 +230,26 @@ class FourBit:
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.device.type == "cpu" and self.suits_pytorch(x):
             return self.times_by_pytorch(x, bias)
-        return F.linear(x, self.unpack(x.dtype), bias)
+        return times_parts(x, self.unpacked(x.dtype), bias)
 
     def suits_pytorch(self, x: Tensor) -> bool:
-        right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
         is_faster = x.dtype == torch.bfloat16 or len(x) <= ROWS_OF_OTHER_DTYPES
-        return right_order and is_faster and x.dtype != torch.float64
+        return is_faster and self.can_be_prepared(x.dtype)
+
+    def can_be_prepared(self, dtype: torch.dtype) -> bool:
+        """Is there a product of PyTorch's for it, on a CPU?"""
+        right_order = isinstance(self.layout, BlocksOfRows) and self.group in GROUPS_OF_PYTORCH
+        return right_order and dtype != torch.float64
+
+    def bytes_to_prepare(self, dtype: torch.dtype) -> int:
+        """What `prepare` takes, on a CPU."""
+        return 2 * self.scale.numel() * dtype.itemsize if self.can_be_prepared(dtype) else 0
 
     def times_by_pytorch(self, x: Tensor, bias: Tensor | None) -> Tensor:
         self.prepare(x.dtype)
         blocks, E, half = self.codes.shape
         codes = self.codes.view(blocks * 2 * half, E // 2)  # the shape that it asks for; the same bytes
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, self.scales_and_shifts)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, self.group, self.scales_and_shifts)
         product = product[:, : self.shape[0]]
         return with_bias(product, bias)
 
@@ -244,11 +270,22 @@ class FourBit:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, E]."""
+        return torch.cat([*self.unpacked(dtype)])
+
+    def unpacked(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The same, some rows at a time: whole blocks or tiles."""
         N, E = self.shape
         exact_dtype = torch.promote_types(dtype, torch.float32)
-        codes = self.layout.unpack(self.codes)[:N, :E].unflatten(1, (-1, self.group))  # [N, E / group, group]
-        zero, scale = (part[:, :N].T[..., None].to(exact_dtype) for part in (self.zero, self.scale))
-        return ((codes.to(exact_dtype) - zero) * scale).to(dtype).flatten(1)
+        rows_of_block = self.scale.shape[1] // len(self.codes)
+        blocks_at_once = max(1, numbers_at_once(self.codes.device) // (rows_of_block * E))
+        start = 0
+        for blocks in self.codes.split(blocks_at_once):
+            rows = slice(start, min(N, start + len(blocks) * rows_of_block))
+            codes = self.layout.unpack(blocks)[: rows.stop - start, :E]
+            codes = codes.unflatten(1, (-1, self.group)).to(exact_dtype)  # [rows, E / group, group]
+            zero, scale = (part[:, rows].T[..., None].to(exact_dtype) for part in (self.zero, self.scale))
+            yield ((codes - zero) * scale).to(dtype).flatten(1)
+            start = rows.stop
 
     def __getitem__(self, expert: int) -> "FourBit":
         return self.experts[expert]

@@ -48,6 +48,11 @@ MOE = TINY | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [0],
 }
+# Of Phi-3: the modules that are one there, in the order of their rows
+FUSED = {
+    "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 
 
@@ -87,6 +92,10 @@ def make_tensors(config: dict, biases=False, qk_norms=False, dtype=torch.float32
         for mlp in mlps:
             layer |= {f"{mlp}.{part}_proj.weight": (F, E) for part in ("gate", "up")}
             layer |= {f"{mlp}.down_proj.weight": (E, F)}
+        if config["model_type"] == "phi3":
+            for fused, parts in FUSED.items():
+                rows = sum(layer.pop(part)[0] for part in parts)
+                layer[fused] = (rows, E)
         if biases:
             layer |= {"self_attn.q_proj.bias": (H * D,)}
             layer |= {f"self_attn.{p}_proj.bias": (K * D,) for p in "kv"}

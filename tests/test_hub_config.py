@@ -235,6 +235,10 @@ REFUSED = {
         ["num_experts_per_tok 4", "num_experts 3"],
     ),
     "no expert chosen": (MOE | {"num_experts_per_tok": 0}, ["num_experts_per_tok", "not 0"]),
+    "heads that no computer holds": (
+        {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20},
+        ["num_attention_heads 1048576", "head_dim 1048576"],
+    ),
     "no experts": (MOE | {"num_experts": 0}, ["num_experts", "not 0"]),
     "every 0th layer sparse": (MOE | {"decoder_sparse_step": 0}, ["decoder_sparse_step", "not 0"]),
     "every -1st layer sparse": (MOE | {"decoder_sparse_step": -1}, ["decoder_sparse_step", "not -1"]),

@@ -548,14 +548,14 @@ def test_the_option_reaches_the_run(tmp_path: Path):
     ],
     ids=lambda value: type(value).__name__,
 )
-@pytest.mark.parametrize("options", [[], ["--plan"]], ids=["run", "plan"])
+@pytest.mark.parametrize("options", [["hi"], ["--plan"]], ids=["run", "plan"])
 def test_why_the_hub_gives_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, options
 ):
     monkeypatch.chdir(tmp_path)
     hub = Hub(monkeypatch, error)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: hub.download("x"))
-    code, out, err = said(generate.main, "hi", "--model", "someone/model", *options)
+    code, out, err = said(generate.main, "--model", "someone/model", *options)
     assert (code, out) == (2, "")
     assert err.startswith(f"minihogwild: someone/model: neither a folder nor to be had from the hub: {reason}")
     assert err.count("\n") == 1

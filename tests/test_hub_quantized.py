@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from util import run as run_schedule
 from minihogwild import Weights, load
 from minihogwild.hub import checkpoint
 from minihogwild.oracle import Oracle
-from minihogwild.packed import EightBit, FourBit, Stacked
+from minihogwild.packed import BlocksOfRows, EightBit, FourBit, Stacked, layout_of_pytorch
 from minihogwild.weights import Dense, Matrix
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows that groups of 32 and 64 divide
@@ -57,6 +58,27 @@ def assert_means(weights: Weights, meant: dict[str, torch.Tensor], config: dict)
         else:
             assert torch.equal(exact(layer.gate_up), torch.stack(gate_up))
             assert torch.equal(exact(layer.down), torch.stack(down))
+
+
+def with_quantization(kind: str, **changes) -> dict:
+    settings = quantization_config(kind, 32)
+    for key, value in changes.items():
+        if (
+            key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder")
+            and "config_groups" in settings
+        ):
+            settings["config_groups"]["group_0"]["weights"][key] = value
+        elif key == "input_activations":
+            settings["config_groups"]["group_0"][key] = value
+        else:
+            settings[key] = value
+    return {"quantization_config": settings}
+
+
+def groups_like(**groups: dict) -> dict:
+    """config_groups, of which each has these changes."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    return {name: {"weights": weights | changes} for name, changes in groups.items()}
 
 
 # ---- the formats
@@ -109,6 +131,18 @@ def test_each_family(tmp_path, family, biases, qk_norms, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+def test_fused_modules(tmp_path, kind):
+    """Phi-3's: q, k and v are packed as one, as are gate and up."""
+    made = pack(DENSE | {"model_type": "phi3"}, kind, 32)
+    weights = loaded(tmp_path, made)
+    for i, layer in enumerate(weights.layers):
+        assert torch.equal(exact(layer.qkv), made.meant[f"model.layers.{i}.self_attn.qkv_proj.weight"])
+        assert torch.equal(exact(layer.gate_up), made.meant[f"model.layers.{i}.mlp.gate_up_proj.weight"])
+        assert torch.equal(exact(layer.down), made.meant[f"model.layers.{i}.mlp.down_proj.weight"])
+        assert isinstance(layer.qkv, FourBit)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("plain", ["k_proj", "layers.0.", "up_proj", "o_proj", "self_attn"])
 def test_what_is_not_converted_is_read_as_it_is(tmp_path, kind, plain):
     """modules_to_not_convert, or ignore: the files tell which modules these are."""
@@ -134,6 +168,40 @@ def test_the_newer_key_for_the_format_of_gptq(tmp_path):
     assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
+NO_DIFFERENCE = {
+    "awq, all keys": with_quantization(
+        "awq", format="gemm", checkpoint_format="gemm", method="awq", pack_dtype="int32"
+    ),
+    "awq, in capitals": with_quantization("awq", version="GEMM"),
+    "gptq, all keys": with_quantization("gptq", format="gptq", method="gptq", pack_dtype="int32"),
+    "gptq, some modules left": with_quantization("gptq", dynamic={"-:.*up_proj": {}, "-:.*gate.*": {"bits": 8}}),
+    "weights ordered while they were made": with_quantization("symmetric", actorder="weight"),
+    "the same, by its other name": with_quantization("symmetric", actorder="static"),
+    "no order": with_quantization("symmetric", actorder=False),
+    "groups made in two ways": with_quantization(
+        "symmetric", config_groups=groups_like(a={"observer": "mse"}, b={"observer": "minmax", "actorder": None})
+    ),
+    "groups of which one says the default": with_quantization(
+        "symmetric", config_groups=groups_like(a={}, b={"symmetric": True, "dynamic": False})
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_DIFFERENCE)
+def test_settings_that_say_the_same(tmp_path, what):
+    change = NO_DIFFERENCE[what]
+    kind = change["quantization_config"]["quant_method"]
+    made = pack(DENSE, "symmetric" if kind == "compressed-tensors" else kind, 32, keep=("lm_head", "up_proj"))
+    made.config |= change
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
+
+
+def test_the_older_key_for_compressed_tensors(tmp_path):
+    made = pack(DENSE, "symmetric", 32)
+    made.config["compression_config"] = made.config.pop("quantization_config")
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
+
+
 def test_shards(tmp_path):
     made = pack(EXPERTS, "awq", 32)
     weights = load(folder_of(tmp_path, made, shards=3), "float32", "cpu").weights
@@ -147,6 +215,28 @@ def test_biases_of_zeros_that_some_writers_add(tmp_path):
     made.tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(64)
     message = refusal(loaded, tmp_path / "ones", made)
     assert "lacks model.layers.1.self_attn.o_proj.bias" in message  # they are no zeros: so all layers need theirs
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate"])
+def test_a_bias_that_no_model_has_may_be_of_zeros(tmp_path, module):
+    made = pack(DENSE, "gptq", 32)
+    made.tensors[module + ".bias"] = torch.zeros(8)
+    assert_means(loaded(tmp_path / "zeros", made), made.meant, DENSE)
+    made.tensors[module + ".bias"][3] = 1
+    assert f"does not know: {module}.bias" in refusal(loaded, tmp_path / "ones", made)
+
+
+@pytest.mark.parametrize("zero", ["q_proj", "k_proj", "layers.1."])
+def test_a_bias_that_the_model_has_may_be_of_zeros(tmp_path, zero):
+    shape = DENSE | {"model_type": "qwen2"}
+    made = pack(shape, "gptq", 32, biases=True)
+    for name, tensor in made.tensors.items():
+        if name.endswith(".bias") and zero in name:
+            tensor.zero_()
+    weights = loaded(tmp_path, made)
+    for i, layer in enumerate(weights.layers):
+        biases = [made.tensors[f"model.layers.{i}.self_attn.{part}_proj.bias"] for part in "qkv"]
+        assert torch.equal(layer.qkv_bias, torch.cat(biases))
 
 
 # ---- the engine with them
@@ -170,22 +260,7 @@ def test_engine_equals_oracle(tmp_path, shape, kind, dtype, tolerance):
 # ---- refusals
 
 
-def with_quantization(kind: str, **changes) -> dict:
-    settings = quantization_config(kind, 32)
-    for key, value in changes.items():
-        if (
-            key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
-            and "config_groups" in settings
-        ):
-            settings["config_groups"]["group_0"]["weights"][key] = value
-        elif key == "input_activations":
-            settings["config_groups"]["group_0"][key] = value
-        else:
-            settings[key] = value
-    return {"quantization_config": settings}
-
-
-TWO_GROUPS = {name: {"weights": {"num_bits": bits, "type": "int"}} for name, bits in (("a", 4), ("b", 8))}
+TWO_GROUPS = groups_like(a={}, b={"group_size": 64})
 REFUSED = {
     "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
     "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
@@ -196,12 +271,20 @@ REFUSED = {
     "awq of a text": (with_quantization("awq", bits="4"), "bits '4'"),
     "awq's other version": (with_quantization("awq", version="gemv"), "version 'gemv'"),
     "awq without zero points": (with_quantization("awq", zero_point=False), "zero_point False"),
+    "awq by the newer key": (with_quantization("awq", format="gemv_fast"), "format 'gemv_fast'"),
+    "awq by another key": (with_quantization("awq", checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    "awq, made as gptq": (with_quantization("awq", method="gptq"), "method 'gptq'"),
+    "awq, by module": (with_quantization("awq", dynamic={"+:.*": {"bits": 8}}), "dynamic"),
     "awq, no group": (with_quantization("awq", group_size=None), "group_size"),
     "awq, group 0": (with_quantization("awq", group_size=0), "group_size"),
     "gptq of 3 bits": (with_quantization("gptq", bits=3), "bits 3"),
     "gptq for marlin": (with_quantization("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
     "gptq, marlin of old": (with_quantization("gptq", is_marlin_format=True), "is_marlin_format True"),
     "gptq, by module": (with_quantization("gptq", dynamic={"+:.*": {"bits": 8}}), "dynamic"),
+    "gptq, some by module": (with_quantization("gptq", dynamic={"-:.*up.*": {}, ".*": {"bits": 8}}), "dynamic '.*'"),
+    "gptq, a list of modules": (with_quantization("gptq", dynamic=["-:.*"]), "dynamic must be an object"),
+    "gptq, made as qqq": (with_quantization("gptq", method="qqq"), "method 'qqq'"),
+    "gptq in long words": (with_quantization("gptq", pack_dtype="int64"), "pack_dtype 'int64'"),
     "not packed": (with_quantization("symmetric", format="float-quantized"), "format 'float-quantized'"),
     "of 8 bits": (with_quantization("symmetric", num_bits=8), "num_bits 8"),
     "rotated": (with_quantization("symmetric", transform_config={"config_groups": {"R4": {}}}), "transform_config"),
@@ -209,10 +292,14 @@ REFUSED = {
     "gptq, two formats": (with_quantization("gptq", format="gptq_v2"), "contradicts"),
     "of floats": (with_quantization("symmetric", type="float"), "type 'float'"),
     "activations too": (with_quantization("symmetric", input_activations={"num_bits": 8}), "input_activations"),
+    "inputs in another order": (with_quantization("symmetric", actorder="group"), "actorder 'group'"),
+    "inputs in another order, by its other name": (with_quantization("symmetric", actorder="dynamic"), "'dynamic'"),
+    "inputs in another order, as of old": (with_quantization("symmetric", actorder=True), "actorder True"),
     "by block": (with_quantization("symmetric", strategy="block"), "strategy 'block'"),
     "sparse": (with_quantization("symmetric", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
     "a cache in 8 bits": (with_quantization("symmetric", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "two schemes": (with_quantization("symmetric", config_groups=TWO_GROUPS), "config_groups that differ"),
+    "packed, by its older name": ({"compression_config": {"quant_method": "fp8"}}, "'fp8'"),
     "no scheme": (with_quantization("symmetric", config_groups={}), "config_groups"),
 }
 
@@ -221,9 +308,10 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_name(tmp_path, what):
     """By config.json alone: no other file is there."""
     change, named = REFUSED[what]
+    [key] = change
     write_json(tmp_path / "config.json", TINY | change)
     message = refusal(load, tmp_path, device="cpu")
-    assert message.startswith("config.json: quantization_config: ")
+    assert message.startswith(f"config.json: {key}: ")
     assert named in message
 
 
@@ -278,6 +366,22 @@ def test_inputs_in_another_order(tmp_path):
     assert f"{AT}g_idx: desc_act" in message
 
 
+def test_inputs_in_another_order_are_seen_before_memory_is_asked_for(tmp_path, monkeypatch):
+    free_memory(monkeypatch, 10)
+    test_inputs_in_another_order(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("kind", "name"), [("awq", "scales"), ("gptq", "scales"), ("symmetric", "weight_scale")])
+def test_a_scale_that_is_no_number(tmp_path, kind, name, wrong):
+    def spoil(tensors):
+        tensors[AT + name][1, 1] = wrong
+
+    message = spoilt(tmp_path, kind, spoil)
+    assert message.startswith(f"model.safetensors: {AT}{name}: ")
+    assert "NaN or infinite" in message
+
+
 def test_a_shape_that_says_otherwise(tmp_path):
     def lie(tensors):
         tensors[AT + "weight_shape"] = torch.tensor([64, 63])
@@ -311,10 +415,40 @@ def test_a_plain_checkpoint_that_claims_to_be_packed(tmp_path):
     assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
-def test_a_packed_checkpoint_that_claims_to_be_plain(tmp_path):
-    made = pack(DENSE, "awq", 32)
+@pytest.mark.parametrize("quantize", [None, 8])
+@pytest.mark.parametrize(("kind", "name"), [("awq", "qweight"), ("gptq", "qweight"), ("symmetric", "weight_packed")])
+def test_a_packed_checkpoint_that_claims_to_be_plain(tmp_path, kind, name, quantize):
+    """Its settings may be in quantize_config.json alone."""
+    made = pack(DENSE, kind, 32)
     made.config = without(made.config, "quantization_config")
-    assert "lacks model.layers.0.mlp.down_proj.weight" in refusal(loaded, tmp_path, made)
+    message = refusal(loaded, tmp_path, made, quantize=quantize)
+    assert message.startswith("model.safetensors: model.layers.0.mlp.down_proj." + name)
+    assert "packed, but config.json has no quantization_config" in message
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "symmetric"])
+def test_a_packed_router(tmp_path, kind):
+    shape = EXPERTS | {"num_experts": 8}
+    message = refusal(loaded, tmp_path, pack(shape, kind, 32, keep=("lm_head",)))
+    assert message.startswith("model.safetensors: model.layers.1.mlp.gate.")
+    assert "packed, which this module must not be" in message
+
+
+def test_a_packed_embedding(tmp_path):
+    made = pack(DENSE | {"vocab_size": 264}, "symmetric", 32, keep=())
+    made.tensors["model.embed_tokens.weight_packed"] = made.tensors["lm_head.weight_packed"].clone()
+    del made.tensors["model.embed_tokens.weight"]
+    message = refusal(loaded, tmp_path, made)
+    assert message.startswith("model.safetensors: model.embed_tokens.weight_packed: packed, which this module must not")
+
+
+def test_a_packed_head_of_a_tied_model(tmp_path):
+    made = pack(DENSE | {"vocab_size": 264}, "gptq", 32, keep=())
+    made.config["tie_word_embeddings"] = True
+    message = refusal(loaded, tmp_path, made)
+    assert message.startswith(
+        "model.safetensors: lm_head.qweight: packed, a head of its own, but config.json's tie_word"
+    )
 
 
 # ---- rounding
@@ -344,6 +478,16 @@ def test_rounded_weights_are_as_near_as_can_be(tmp_path, shape, bits, dtype):
             assert steps.mean() < 0.27, (name, steps.mean())
     assert isinstance(rounded.head, EightBit)
     assert torch.equal(rounded.embed, plain.embed.to(rounded.embed.dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_rounded(tmp_path, bits, wrong):
+    tensors = make_tensors(DENSE, dtype=torch.float16)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = wrong
+    message = refusal(load, make_folder(tmp_path, DENSE, tensors), device="cpu", quantize=bits)
+    assert message.startswith("model.safetensors: model.layers.1.mlp.up_proj.weight: ")
+    assert "NaN or infinite" in message
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -409,6 +553,23 @@ def test_memory_is_asked_for_as_packed(tmp_path, monkeypatch):
     free_memory(monkeypatch, 10)
     message = refusal(load, folder, "float32", "cpu")
     assert "weights in 4 bits (AWQ) needs" in message
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("keep", [("lm_head", "mlp.gate."), ("lm_head", "mlp.gate.", "k_proj")], ids=["all", "some"])
+@pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_what_the_products_prepare_is_asked_for_too(tmp_path, monkeypatch, shape, keep, dtype):
+    asked = []
+    monkeypatch.setattr(checkpoint, "allocating", lambda nbytes, what, device: asked.append(nbytes) or nullcontext())
+    weights = loaded(tmp_path, pack(shape, "awq", 32, keep=keep), dtype)
+    matrices = [getattr(layer, name) for layer in weights.layers for name in ("qkv", "out", "gate_up", "down")]
+    parts = [part for matrix in matrices for part in getattr(matrix, "parts", [matrix]) if isinstance(part, FourBit)]
+    parts = [expert for part in parts for expert in (part.experts if part.scale.dim() == 3 else [part])]
+    for part in parts:
+        part.times(torch.ones(1, part.shape[1], dtype=weights.embed.dtype))
+    prepared = [part.scales_and_shifts.nbytes for part in parts if part.scales_and_shifts is not None]
+    assert bool(prepared) == (dtype != "float64" and isinstance(layout_of_pytorch(), BlocksOfRows))
+    assert asked == [weights.nbytes + sum(prepared)]
 
 
 # ---- what it is computed in

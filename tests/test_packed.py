@@ -140,7 +140,38 @@ def test_small_rows_keep_their_digits_in_float16():
     matrix = empty_eight_bit(16, 64, torch.float32, "cpu")
     matrix.fill(0, 5e-4 * torch.randn(16, 64))
     exact = matrix.float64()
-    assert relative_difference(matrix.unpack(torch.float16), exact) < 5e-4
+    assert relative_difference(torch.cat([*matrix.unpacked(torch.float16)]), exact) < 5e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_numbers_of_x_that_do_not_lie_side_by_side(rows, dtype):
+    wide = torch.randn(rows, 256).to(dtype)
+    four = random_four_bit(64, 128, 64, dtype)
+    eight = empty_eight_bit(64, 128, dtype, "cpu")
+    eight.fill(0, torch.randn(64, 128))
+    for matrix in (four, eight):
+        for x in (wide[:, ::2], wide[:, :128]):
+            right = x.double() @ matrix.float64().T
+            assert relative_difference(matrix.times(x), right) < EPSILON[dtype]
+
+
+@pytest.mark.parametrize("numbers", [1, 2**13, 2**30])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_some_rows_at_a_time(layout, numbers, monkeypatch):
+    """However many: together they are the matrix, and never are more there at once."""
+    monkeypatch.setattr(packed, "layout_for", lambda device: layout)
+    four = random_four_bit(150, 192, 32, torch.float32)
+    eight = empty_eight_bit(150, 192, torch.float32, "cpu")
+    eight.fill(0, torch.randn(150, 192))
+    x = torch.randn(70, 192)
+    whole = [(matrix.float64(), matrix.times(x)) for matrix in (four, eight)]
+    monkeypatch.setattr(packed, "NUMBERS_AT_ONCE", numbers)
+    for matrix, least, (right, product) in zip((four, eight), (64, 1), whole):
+        parts = [*matrix.unpacked(torch.float64)]
+        assert torch.equal(torch.cat(parts), right)
+        assert max(len(part) for part in parts) * 192 <= max(numbers, least * 192)
+        assert relative_difference(matrix.times(x), product) < EPSILON[torch.float32]
 
 
 def test_pytorchs_products_are_taken(monkeypatch):

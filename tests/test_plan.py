@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from hub_files import MOE, TINY, make_folder, make_tensors, write_json
+from hub_files import MOE, TINY, make_folder, make_tensors, without, write_json
 from in_process import said
 from packed_files import pack
 
 from minihogwild import generate, load
 from minihogwild.hub.config_json import parse_config
-from minihogwild.hub.quantized import Packed, Plain, Rounded, format_of
-from minihogwild.plan import bytes_of_token, bytes_of_weights, plan, workers_on
+from minihogwild.hub.quantized import Plain, Rounded
+from minihogwild.plan import bytes_of_token, bytes_of_weights, packed_storage, plan, workers_on
 
 QWQ = {
     "model_type": "qwen2",
@@ -77,7 +78,7 @@ def test_the_estimate_is_what_is_loaded(tmp_path, shape, bits):
 def test_the_estimate_is_what_is_loaded_from_a_packed_folder(tmp_path):
     made = pack(TINY | WIDE, "awq", 32)
     loaded = load(make_folder(tmp_path, made.config, made.tensors), device="cpu")
-    storage = Packed(format_of(made.config), ["lm_head.weight"], torch.float16)
+    storage = packed_storage(made.config)
     assert bytes_of_weights(parse_config(made.config), torch.float32, storage) == loaded.weights.nbytes
 
 
@@ -103,6 +104,78 @@ def test_groups_that_do_not_divide_are_named(tmp_path):
     code, out, err = said(generate.main, "--model", tmp_path, "--plan")
     assert (code, out) == (2, "")
     assert "64 inputs are no multiple of the group size 48" in err
+
+
+def test_absurd_counts_take_no_time(tmp_path):
+    """A million layers of a million experts, as far as config.json is concerned: they are not gone through."""
+    sizes = {"num_hidden_layers": 2**20, "num_experts": 2**20, "moe_intermediate_size": 2**20, "vocab_size": 2**20}
+    write_json(tmp_path / "config.json", MOE | sizes)
+    started = time.perf_counter()
+    rows = rows_of(plan(str(tmp_path)))
+    assert time.perf_counter() - started < 5
+    F, E, X, L = 2**20, 12, 2**20, 2**20
+    dense = 2 * E + 24 * E + 2 * 12 * E + E * 24 + 3 * E * 20
+    sparse = dense - 3 * E * 20 + X * E + X * 3 * F * E
+    weights = dense + (L - 1) * sparse + 2 * 2**20 * E + E
+    assert rows["as they are, float32"][0] == f"{4 * weights / 1e9:.1f} GB"
+
+
+def test_a_head_that_config_json_calls_packed(tmp_path):
+    """AWQ leaves it as it is; GPTQ has a key for it, and compressed-tensors packs what is not ignored."""
+    shape = TINY | WIDE | {"vocab_size": 264}
+    for number, (kind, change, is_packed) in enumerate(
+        [
+            ("awq", {}, False),
+            ("gptq", {}, False),
+            ("gptq", {"lm_head": False}, False),
+            ("gptq", {"lm_head": True}, True),
+            ("symmetric", {}, False),
+            ("symmetric", {"ignore": ["re:.*lm_head.*"]}, False),
+            ("symmetric", {"ignore": None}, True),
+            ("symmetric", {"ignore": ["model.layers.0.mlp.up_proj"]}, True),
+        ]
+    ):
+        made = pack(shape, kind, 32, keep=() if is_packed else ("lm_head",))
+        made.config["quantization_config"] |= change
+        folder = make_folder(tmp_path / str(number), made.config, made.tensors)
+        nbytes = load(folder, device="cpu").weights.nbytes
+        [(_, row)] = [(name, row) for name, row in rows_of(plan(str(folder))).items() if name.startswith("as")]
+        assert bytes_of_weights(parse_config(made.config), torch.float32, packed_storage(made.config)) == nbytes
+        assert row[0] == f"{nbytes / 1e9:.1f} GB"
+
+
+def test_the_dtype_is_the_checkpoints_where_config_json_has_none(tmp_path):
+    shape = without(TINY, "torch_dtype")
+    make_folder(tmp_path / "here", shape, make_tensors(shape, dtype=torch.bfloat16))
+    table = plan(str(tmp_path / "here"))
+    assert "as they are, bfloat16" in rows_of(table)
+    assert "supposed" not in table
+    (tmp_path / "there").mkdir()
+    write_json(tmp_path / "there" / "config.json", shape)
+    table = plan(str(tmp_path / "there"))
+    assert "as they are, float32" in rows_of(table)
+    assert "config.json says no dtype: float32 is supposed" in table
+    assert "supposed" not in plan(str(tmp_path / "there"), "float16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--quantize", 4), ("--device", "cpu"), ("--workers", 3), ("--json", "x.json"), ("--top-k", 0), ("What is 2?",)],
+)
+def test_other_options_are_not_ignored(tmp_path, options):
+    write_json(tmp_path / "config.json", TINY)
+    code, out, err = said(generate.main, "--model", tmp_path, "--plan", *options)
+    assert (code, out) == (2, "")
+    name = options[0] if len(options) == 2 else "PROMPT"
+    assert err == f"minihogwild: --plan takes --model, --dtype and --context, not {name}\n"
+
+
+def test_its_own_options(tmp_path):
+    write_json(tmp_path / "config.json", TINY)
+    code, out, _ = said(generate.main, "--plan", "--model", tmp_path, "--dtype", "float16", "--context", 100)
+    assert code == 0
+    assert "up to 100 tokens" in out
+    assert "as they are, float16" in out
 
 
 def test_the_command_reads_nothing_but_config_json(tmp_path, monkeypatch):

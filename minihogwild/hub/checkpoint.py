@@ -15,9 +15,10 @@ from torch import Tensor
 from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
 from ..files import read_json, require_file
+from ..packed import FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
 from .progress import Bar
-from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
+from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -38,11 +39,11 @@ class Extras:
 
 
 def extras_in(names: Collection[str]) -> Extras:
-    def any_ends_with(end: str) -> bool:
+    def any_ends_with(end: str | tuple[str, ...]) -> bool:
         return any(name.endswith(end) for name in names)
 
     return Extras(
-        biases=any_ends_with("q_proj.bias"),
+        biases=any_ends_with(("q_proj.bias", "k_proj.bias", "v_proj.bias")),
         out_bias=any_ends_with("o_proj.bias"),
         qk_norms=any_ends_with("q_norm.weight"),
         fused=any(".qkv_proj." in name for name in names),
@@ -198,24 +199,47 @@ def load_weights(
         shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
-    if isinstance(storage, Packed):
-        stored = without_zero_biases(stored)
-    extras = extras_in(stored)
+    zero_biases = find_zero_biases(stored) if isinstance(storage, Packed) else set()
+    extras = extras_in(stored.keys() - zero_biases)
     require_most_layers(config, stored)
     planned, expected = empty_weights(config, dtype, "meta", extras, storage)
+    stored = {name: tensor for name, tensor in stored.items() if name in expected or name not in zero_biases}
+    require_packed_where_it_may_be(config, format, expected, stored)
     require_the_same_tensors(expected, stored)
+    for name, place in expected.items():
+        if isinstance(place, Checked):
+            fill(place, stored.pop(name))
 
     stored_as = storage.name or name_of_dtype(dtype)
-    with allocating(planned.nbytes, f"{model}'s weights in {stored_as}", device):
+    nbytes = planned.nbytes
+    if device.type == "cpu":
+        nbytes += bytes_to_prepare(planned, dtype)
+    with allocating(nbytes, f"{model}'s weights in {stored_as}", device):
         weights, places = empty_weights(config, dtype, device, extras, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
-        with refusing(f"{tensor.path.name}: {name}"):
-            places[name].copy_(tensor.read())  # so one tensor at a time is held twice, and no more
+        fill(places[name], tensor)  # so one tensor at a time is held twice, and no more
     if shared_head is not None:
         head = shared_head.read().to(weights.embed)
         same = torch.equal(head, weights.embed)
         require(same, "tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return weights
+
+
+def bytes_to_prepare(weights: Weights, dtype: torch.dtype) -> int:
+    """What matrices in 4 bits will take besides, once they have been multiplied by on a CPU."""
+    matrices = [weights.head]
+    for layer in weights.layers:
+        matrices += [getattr(layer, field) for field in MATRICES]
+    nbytes = 0
+    for matrix in matrices:
+        parts = matrix.parts if isinstance(matrix, Stacked) else [matrix]
+        nbytes += sum(part.bytes_to_prepare(dtype) for part in parts if isinstance(part, FourBit))
+    return nbytes
+
+
+def fill(place: Place, tensor: Stored) -> None:
+    with refusing(f"{tensor.path.name}: {tensor.name}"):
+        place.copy_(tensor.read())
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -272,17 +296,27 @@ def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
     require(claimed < found + 1000, f"the checkpoint lacks most of config.json's layers: {found} tensors")
 
 
-def without_zero_biases(stored: dict[str, Stored]) -> dict[str, Stored]:
+def find_zero_biases(stored: dict[str, Stored]) -> set[str]:
     """Some writers of GPTQ give every module a bias, of zeros where the model has none: zeros change nothing."""
-    of_a_kind: dict[str, list[Stored]] = {}  # the biases of all layers, by what they belong to
+    biases = [tensor for tensor in stored.values() if tensor.name.endswith(".bias") and tensor.dtype in FLOATS]
+    return {tensor.name for tensor in biases if not tensor.read().any()}
+
+
+def require_packed_where_it_may_be(
+    config: Config, format: Format | None, expected: dict[str, Place], stored: dict[str, Stored]
+) -> None:
+    """Raise InputError, with the cause, for a packed module that nobody expects to be packed."""
     for name, tensor in stored.items():
-        if name.endswith("_proj.bias") and tensor.dtype in FLOATS:
-            of_a_kind.setdefault(name.split(".")[-2], []).append(tensor)
-    dropped = set()
-    for tensors in of_a_kind.values():
-        if not any(tensor.read().any() for tensor in tensors):
-            dropped.update(tensor.name for tensor in tensors)
-    return {name: tensor for name, tensor in stored.items() if name not in dropped}
+        module, _, part = name.rpartition(".")
+        plain = f"{module}.weight"
+        if part not in PACKED or name in expected or plain in stored:
+            continue
+        what = f"{tensor.path.name}: {name}: packed"
+        elsewhere = "some folders have it in quantize_config.json"
+        require(format is not None, f"{what}, but config.json has no quantization_config ({elsewhere})")
+        has_two_heads = plain == HEAD and config.tie_word_embeddings
+        require(not has_two_heads, f"{what}, a head of its own, but config.json's tie_word_embeddings is true")
+        require(plain not in expected, f"{what}, which this module must not be: use a copy that leaves it as it is")
 
 
 def require_the_same_tensors(expected: dict[str, Place], stored: dict[str, Stored]) -> None:

@@ -27,6 +27,7 @@ class Allowed(NamedTuple):
 
 # Far from every model; what follows may count to these numbers, or divide by them.
 COUNT = Allowed(int, 1, 2**20)
+WIDEST = 2**30  # all heads together: so a matrix has no more bytes than 64 bits count
 LENGTH = Allowed(int, 1, 2**31)
 NUMBER = Allowed(float, 0, 1e12)
 DIVISOR = Allowed(float, 1e-6, 1e12)
@@ -55,7 +56,8 @@ ALLOWED = {
     "sliding_window": Allowed(int, 0, 2**31),
     "max_window_layers": Allowed(int, 0, 2**20),
     "layer_types": LIST,
-    "quantization_config": OBJECT,  # for quantized.py
+    "quantization_config": OBJECT,  # for quantized.py, as is the next
+    "compression_config": OBJECT,
     # about experts
     "num_experts": COUNT,
     "num_local_experts": COUNT,
@@ -231,6 +233,8 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
     D = given.get("head_dim", family.head_dim or E // H)
     require(H % K == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")
     require(D > 0 and D % 2 == 0, f"head_dim {D} is not an even number: rope turns pairs")
+    width = H * D
+    require(width <= WIDEST, f"num_attention_heads {H} of head_dim {D} are more than {WIDEST} numbers of a token")
     context = given.get("max_position_embeddings", family.context)
     experts = {}
     layer_kinds = (LayerKind(),) * given["num_hidden_layers"]

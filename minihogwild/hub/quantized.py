@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import refusing, require
-from ..packed import HIGHEST_CODE_OF_4, FourBit, Stacked, empty_eight_bit, empty_four_bit
+from ..packed import HIGHEST_CODE_OF_4, EightBit, FourBit, Stacked, empty_eight_bit, empty_four_bit
 from ..weights import Dense, Matrix
 
 # safetensors' names of dtypes
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = ("I32",)  # of 32 bits: eight codes
 SIZES = ("I64", "I32")
+PACKED = ("qweight", "weight_packed")  # a module's tensor of codes, by its name within it, in any of the formats
 
 CODES_IN_A_WORD = 8
 ONE_IN_EACH = 0x11111111
@@ -42,6 +43,10 @@ class Turned:
     shape: list[int]
     copy_: Callable[[Tensor], object]
     dtypes: Collection[str] = tuple(FLOATS)  # safetensors' names of those that it may come in
+
+
+class Checked(Turned):
+    """A place for a tensor that is not stored: it says what the model is like, and `copy_` sees whether that is so."""
 
 
 class Storage(Protocol):
@@ -96,8 +101,19 @@ class Rounded:
             matrix = empty_four_bit(N, E, group, dtype_of_scale, device, stack)
         places = {}
         for name, (part, start) in parts_of(matrix, shapes, stack).items():
-            places[name] = Turned(shapes[name], functools.partial(part.fill, start))
+            places[name] = Turned(shapes[name], functools.partial(fill_with_finite, part, start))
         return matrix, places
+
+
+def fill_with_finite(part: EightBit | FourBit, start: int, weight: Tensor) -> None:
+    require_finite(weight)  # what is not would become a number like any other
+    part.fill(start, weight)
+
+
+def require_finite(numbers: Tensor) -> None:
+    lowest, highest = numbers.aminmax()  # both NaN where any number is
+    finite = lowest.isfinite() and highest.isfinite()
+    require(finite, "it holds NaN or infinite numbers")
 
 
 def largest_group(E: int) -> int | None:
@@ -150,7 +166,9 @@ class Rows:
 
     def take_scale(self, scale: Tensor) -> None:
         """[E / group, N]; or one of all groups, or of all"""
-        self.matrix.scale[:, self._slice] = scale.to(self.matrix.scale)
+        scale = scale.to(self.matrix.scale.dtype)
+        require_finite(scale)
+        self.matrix.scale[:, self._slice] = scale
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """There it is unpacked sooner."""
@@ -233,7 +251,7 @@ class Gptq:
                 WORDS,
             ),
             "scales": Turned([groups, N], rows.take_scale),
-            "g_idx": Turned([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
+            "g_idx": Checked([E], lambda group_of_input: require_in_order(group_of_input, E // groups), WORDS),
         }
 
     def _true_zeros(self, words: Tensor) -> Tensor:
@@ -264,18 +282,21 @@ class CompressedTensors:
                 lambda words: rows.take_codes(nibbles_of(rows.on_device(words)).flatten(1)),
                 WORDS,
             ),
-            "weight_scale": Turned([N, groups], lambda scale: rows.take_scale(scale.T)),
-            "weight_shape": Turned([2], lambda shape: require_shape(shape, rows.shape), SIZES),
+            "weight_scale": Turned([N, groups], lambda scale: self._take_scale(rows, scale)),
+            "weight_shape": Checked([2], lambda shape: require_shape(shape, rows.shape), SIZES),
         }
-        if self.symmetric:
-            rows.take_zero(torch.tensor(8))
-        else:
+        if not self.symmetric:
             found["weight_zero_point"] = Turned(
                 [N // CODES_IN_A_WORD, groups],
                 lambda words: rows.take_zero(nibbles_of(words.T).flatten(1)),
                 WORDS,
             )
         return found
+
+    def _take_scale(self, rows: Rows, scale: Tensor) -> None:
+        rows.take_scale(scale.T)
+        if self.symmetric:  # no tensor brings its zero points
+            rows.take_zero(torch.tensor(8))
 
 
 def nibbles_of(words: Tensor) -> Tensor:
@@ -375,39 +396,71 @@ def storage_of(format: Format | None, quantize: int | None, dtypes: dict[str, st
     return Packed(format, dtypes.keys(), dtype_of_scale)
 
 
-@refusing("config.json: quantization_config")
 def format_of(settings: dict) -> Format | None:
     """The format that config.json says its checkpoint is packed in; None for a plain one."""
-    quantization = settings.get("quantization_config")
+    key, quantization = quantization_in(settings)
     if not quantization:
         return None
-    require(isinstance(quantization, dict), f"must be an object, not {quantization!r}")
-    given = {key: value for key, value in quantization.items() if value is not None}
-    method = given.get("quant_method")
-    readers = {"awq": awq_format, "gptq": gptq_format, "compressed-tensors": compressed_tensors_format}
-    supported = isinstance(method, str) and method in readers
-    require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
-    return readers[method](given)
+    with refusing(f"config.json: {key}"):
+        require(isinstance(quantization, dict), f"must be an object, not {quantization!r}")
+        given = {key: value for key, value in quantization.items() if value is not None}
+        method = given.get("quant_method")
+        readers = {"awq": awq_format, "gptq": gptq_format, "compressed-tensors": compressed_tensors_format}
+        supported = isinstance(method, str) and method in readers
+        require(supported, f"quant_method {method!r} is not supported ({', '.join(readers)} are): use another copy")
+        return readers[method](given)
+
+
+def quantization_in(settings: dict) -> tuple[str, object]:
+    """(its key in config.json, what it says)"""
+    key = "quantization_config"
+    if not settings.get(key):
+        key = "compression_config"  # as compressed-tensors called it at first
+    return key, settings.get(key)
+
+
+def says_that_head_is_packed(settings: dict) -> bool:
+    """Does config.json, of a format that `format_of` takes? (Whoever has the files asks them instead.)"""
+    _, quantization = quantization_in(settings)
+    method = quantization["quant_method"]
+    if method == "gptq":
+        return quantization.get("lm_head") is True
+    if method == "compressed-tensors":
+        targets = [group.get("targets") for group in quantization["config_groups"].values()]
+        return "Linear" in str(targets) and "lm_head" not in str(quantization.get("ignore"))
+    return False
 
 
 def awq_format(given: dict) -> Awq:
-    require_only(given, "bits", 4)
-    require_only(given, "zero_point", True)
-    version = str(given.get("version", "gemm"))
-    require(version.lower() == "gemm", f"version {version!r} is not supported, only 'gemm'")
+    require_only(given, "zero_point", True)  # without them AutoAWQ cannot write this version
+    for key in ("version", "format", "checkpoint_format"):  # the last two as GPTQModel writes them
+        version = str(given.get(key, "gemm"))
+        require(version.lower() == "gemm", f"{key} {version!r} is not supported, only 'gemm'")
+    require_common_settings(given, "awq")
     return Awq(group_size(given, "group_size"))
 
 
 def gptq_format(given: dict) -> Gptq:
-    require_only(given, "bits", 4)
-    require_only(given, "dynamic", {})
     require_only(given, "is_marlin_format", False)
     older_key = given.get("checkpoint_format", "gptq")
     version = given.get("format", older_key)
     same = "checkpoint_format" not in given or version == older_key
     require(same, f"format {version!r} contradicts checkpoint_format {older_key!r}")
     require(version in ("gptq", "gptq_v2"), f"checkpoint_format {version!r} is not supported ('gptq', 'gptq_v2' are)")
+    require_common_settings(given, "gptq")
     return Gptq(group_size(given, "group_size"), zero_is_less_one=version == "gptq")
+
+
+def require_common_settings(given: dict, method: str) -> None:
+    """What AWQ and GPTQ share, since GPTQModel writes both."""
+    require_only(given, "bits", 4)
+    require_only(given, "method", method)
+    require_only(given, "pack_dtype", "int32")
+    dynamic = given.get("dynamic", {})
+    require(isinstance(dynamic, dict), f"dynamic must be an object, not {dynamic!r}")
+    for pattern in dynamic:
+        is_left = pattern.startswith("-:")  # as it is: the files tell which modules these are
+        require(is_left, f"dynamic {pattern!r} is not supported: all packed modules must be packed alike")
 
 
 def compressed_tensors_format(given: dict) -> CompressedTensors:
@@ -417,30 +470,34 @@ def compressed_tensors_format(given: dict) -> CompressedTensors:
     sparsity = given.get("sparsity_config", {})
     is_dense = sparsity == {} or (isinstance(sparsity, dict) and sparsity.get("format") == "dense")
     require(is_dense, "sparsity_config is not supported")
-    scheme = weights_scheme(given.get("config_groups"))
+    groups = given.get("config_groups")
+    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
+    require(right, f"config_groups must be objects by name, not {groups!r}")
+    first, *others = [format_of_group(group) for group in groups.values()]
+    alike = all(other == first for other in others)
+    require(alike, "config_groups that differ in their weights are not supported")
+    return first
+
+
+def format_of_group(group: dict) -> CompressedTensors:
+    """How one of compressed-tensors' groups of modules has its weights packed."""
+    for key in ("input_activations", "output_activations"):
+        require(not group.get(key), f"{key} are not supported: only weights may be quantised")
+    weights = group.get("weights")
+    require(isinstance(weights, dict), f"config_groups: weights must be an object, not {weights!r}")
+    scheme = {key: value for key, value in weights.items() if value is not None}
     require_only(scheme, "num_bits", 4)
     require_only(scheme, "type", "int")
     require_only(scheme, "dynamic", False)
+    order = scheme.get("actorder", False)  # of the inputs: "weight" and "static" have gone back to that of the model
+    in_order = order in (False, "weight", "static")
+    require(in_order, f"actorder {order!r}, inputs in groups out of their order, is not supported: use another copy")
     strategy = scheme.get("strategy", "group")
     require(strategy in ("group", "channel"), f"strategy {strategy!r} is not supported ('group', 'channel' are)")
-    group = group_size(scheme, "group_size") if strategy == "group" else None
+    columns = group_size(scheme, "group_size") if strategy == "group" else None
     symmetric = scheme.get("symmetric", True)
     require(isinstance(symmetric, bool), f"symmetric must be true or false, not {symmetric!r}")
-    return CompressedTensors(group, symmetric)
-
-
-def weights_scheme(groups: object) -> dict:
-    """How compressed-tensors' groups of modules have their weights quantised, all alike; nulls are left out."""
-    right = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(group, dict) for group in groups.values())
-    require(right, f"config_groups must be objects by name, not {groups!r}")
-    schemes = [group.get("weights") for group in groups.values()]
-    require(schemes.count(schemes[0]) == len(schemes), "config_groups that differ in their weights are not supported")
-    for group in groups.values():
-        for key in ("input_activations", "output_activations"):
-            require(not group.get(key), f"{key} are not supported: only weights may be quantised")
-    scheme = schemes[0]
-    require(isinstance(scheme, dict), f"config_groups: weights must be an object, not {scheme!r}")
-    return {key: value for key, value in scheme.items() if value is not None}
+    return CompressedTensors(columns, symmetric)
 
 
 def require_only(given: dict, key: str, only: object) -> None:
