@@ -184,14 +184,61 @@ def test_tied_with_another_head_is_refused(tmp_path: Path, shards: int, spoil):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_rotary_frequencies_saved_by_llama_2_are_ignored(tmp_path: Path, shards: int):
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq",
+             "model.layers.0.self_attn.rotary_emb.cos_cached", "model.layers.0.self_attn.rotary_emb.sin_cached"]
+)  # fmt: skip
+def test_saved_rotations_are_ignored(tmp_path: Path, shards: int, name: str):
+    """Llama 2 has their frequencies, ColossalAI saves their cosines too: they follow from config.json."""
     saved = make_tensors(TINY)
-    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
-    folder = make_folder(tmp_path, TINY, extra | saved, shards)
+    folder = make_folder(tmp_path, TINY, {name: torch.ones(3)} | saved, shards)
     assert_holds(load(folder, device="cpu").weights, saved, TINY)
 
 
 # ---- names and shapes
+
+
+def rewrapped(name: str) -> str:
+    """As FSDP and torch.compile name what they wrap: each layer by itself, and the whole."""
+    whole = name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.")
+    return "_orig_mod." + whole
+
+
+RENAMED = {
+    "compiled": lambda name: "_orig_mod." + name,
+    "layers wrapped": rewrapped,
+    "DistributedDataParallel": lambda name: "module." + name,
+    "PEFT": lambda name: "base_model.model." + name,
+    "without its head": lambda name: name.removeprefix("model."),
+    "of a model that sees": lambda name: "language_model." + name,
+    "of a model that sees, newer": lambda name: name.replace("model.", "model.language_model.", 1),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("how", RENAMED)
+@pytest.mark.parametrize("config", [TINY, TIED, MOE], ids=["llama", "tied", "experts"])
+def test_the_same_tensors_under_other_names(tmp_path: Path, config: dict, how: str, shards: int):
+    saved = make_tensors(config, biases=True)
+    renamed = {RENAMED[how](name): tensor for name, tensor in saved.items()}
+    assert renamed.keys() != saved.keys()
+    folder = make_folder(tmp_path, without(config, "torch_dtype"), renamed, shards)
+    model = load(folder, device="cpu")
+    assert_holds(model.weights, saved, config)
+    assert model.dtype == torch.float32  # that of its embedding, which has been found
+
+
+def test_a_tensor_under_both_names_is_refused(tmp_path: Path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    twice = make_tensors(TINY) | {"_orig_mod." + name: torch.zeros(20, 12)}
+    assert f"{name} stands in model.safetensors too" in weights_refused(tmp_path, twice)
+
+
+def test_names_of_no_model_stay_what_they_are(tmp_path: Path):
+    """Two models in one checkpoint: which is meant?"""
+    saved = make_tensors(TINY)
+    two = saved | {"draft." + name: tensor.clone() for name, tensor in saved.items()}
+    assert "not know: draft.lm_head.weight" in weights_refused(tmp_path, two)
 
 
 def weights_refused(folder: Path, tensors: dict, config: dict = TINY, shards: int = 1) -> str:
@@ -246,7 +293,7 @@ def test_an_expert_too_many_or_misshapen_is_named(tmp_path: Path):
         "model.layers.1.mlp.gate_proj.bias",
         "model.layers.2.input_layernorm.weight",  # one layer more than config.json says
         "model.layers.0.self_attn.q_proj.qweight",
-        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.self_attn.rotary_embedding",
         "score.weight",
         "embed_tokens.weight",
     ],

@@ -4,6 +4,7 @@ Each file is opened once, and each tensor is copied straight to its place: a mat
 checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, T
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EACH_HAS = "layers.0.input_layernorm.weight"  # every checkpoint, packed or not, and once
+# What PyTorch puts into the names of a model that it has compiled, or shared out for its training
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 LFS_POINTER = b"version https://git-lfs"  # what such a file begins with
 
 
@@ -190,8 +194,8 @@ def load_weights(
     by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
     """
     stored = find_tensors(folder)
-    # Llama 2's saved rotary frequencies are no parameters; nor is the head that a tied model shares with its embedding.
-    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+    # Saved rotations are no parameters; nor is the head that a tied model shares with its embedding.
+    stored = {name: tensor for name, tensor in stored.items() if ".rotary_emb." not in name}
     shared_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
     if shared_head is not None and EMBEDDING not in stored:  # of two names for one tensor, some writers keep this one
         stored[EMBEDDING] = shared_head
@@ -219,15 +223,36 @@ def load_weights(
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder's safetensors files, by name."""
+    """All tensors of a folder's safetensors files, by the names that `empty_weights` has for them."""
+    tensors = [tensor for path in safetensors_files(folder) for tensor in open_file(path)]
+    start = start_of_names({WRAPPERS.sub("", tensor.name) for tensor in tensors})
     stored: dict[str, Stored] = {}
-    for path in safetensors_files(folder):
-        for tensor in open_file(path):
-            if tensor.name in stored:
-                other = stored[tensor.name].path
-                raise InputError(f"{path.name}: tensor {tensor.name} stands in {other.name} too")
-            stored[tensor.name] = tensor
+    for tensor in tensors:
+        name = usual_name(tensor.name, start)
+        if name in stored:
+            other = stored[name].path
+            raise InputError(f"{tensor.path.name}: tensor {name} stands in {other.name} too")
+        stored[name] = tensor
     return stored
+
+
+def start_of_names(names: Collection[str]) -> str:
+    """What stands before `layers` in the names: `model.` as a rule, and where that is not clear.
+
+    It is nothing where a model was saved without its head, `language_model.model.` in one that sees images as well.
+    """
+    starts = [name.removesuffix(EACH_HAS) for name in names if name.endswith(EACH_HAS)]
+    return starts[0] if len(starts) == 1 else "model."
+
+
+def usual_name(name: str, start: str) -> str:
+    name = WRAPPERS.sub("", name)
+    part = name.removeprefix(start)
+    if name.startswith(start) and part.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb.")):
+        return "model." + part
+    # What stands beside `model`, the head, begins with what stands before it.
+    outer = start.removesuffix("model.") if f".{start}".endswith(".model.") else ""
+    return name.removeprefix(outer)
 
 
 def open_file(path: Path) -> list[Stored]:
