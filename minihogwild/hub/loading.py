@@ -49,7 +49,7 @@ class Model:
     weights: Weights
     tokenizer: Tokenizer | None  # None: loaded without one
     sampling: Sampling  # generation_config.json's
-    eos: frozenset[int]  # end-of-sequence ids
+    eos: frozenset[int]  # end-of-sequence ids: generation_config.json's or config.json's, and the tokenizer's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +90,8 @@ def load(
     dtype = choose_dtype(dtype)
     tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
     sampling, eos = read_generation_defaults(folder, settings)
+    if tokenizer is not None:
+        eos |= tokenizer.eos  # a fine-tuned model's may stand there alone: the other files are those of its base
     weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
 

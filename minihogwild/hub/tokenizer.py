@@ -153,6 +153,12 @@ class Tokenizer:
         """What each token reads as by itself, by its id."""
         return [self.decode([token]) for token in range(self.size)]
 
+    @property
+    def eos(self) -> set[int]:
+        """The id of the token that it names as end-of-sequence, if any."""
+        text = self.special_tokens.get("eos_token")
+        return {self.added[text]} if text in self.added else set()
+
     @cached_property
     def longest(self) -> int:
         """Characters of a text that become one token, at most."""
