@@ -218,6 +218,8 @@ NEEDED = {
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/default.jinja",
+    "chat_template.json",
 }
 NOT_NEEDED = {
     ".gitattributes",

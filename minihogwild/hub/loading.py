@@ -29,6 +29,8 @@ FILES = [
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
     "prompts.json",
 ]
 DTYPES = {
