@@ -502,14 +502,6 @@ def test_a_pointer_of_git_lfs(tmp_path: Path, shards: int):
     assert "git lfs pull" in message
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_only_pickled_weights(tmp_path: Path, name: str):
-    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
-    (folder / "model.safetensors").rename(folder / name)
-    message = refusal(load, folder, device="cpu")
-    assert f"there is only {name}: convert it to safetensors" in message
-
-
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_weights_that_are_no_file(tmp_path: Path, kind: str):
     """Nobody would ever write to that pipe."""

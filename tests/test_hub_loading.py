@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from minihogwild import Config, LayerKind, Rope, Run, generate, load
 from minihogwild.errors import allocating
 from minihogwild.hub import checkpoint
 from minihogwild.hub.loading import choose_device, fetch
-from minihogwild.prompts import Prompts
+from minihogwild.prompts import Prompts, prompts_of
 
 
 @pytest.fixture
@@ -220,6 +221,7 @@ NEEDED = {
     "chat_template.jinja",
     "additional_chat_templates/default.jinja",
     "chat_template.json",
+    "adapter_config.json",
 }
 NOT_NEEDED = {
     ".gitattributes",
@@ -501,11 +503,66 @@ def test_ids_past_the_embedding_that_text_may_give_are_refused(tmp_path: Path):
     assert "tokenizer.json: 259 ids, more than config.json's vocab_size 200" in message
 
 
-def test_only_a_sentencepiece_file(tmp_path: Path):
-    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    message = refusal(load, folder, device="cpu")
-    assert "tokenizer.json is missing: there is only tokenizer.model" in message
+IN_PLACE_OF = {  # by the missing file: others, and what the one line says of them
+    "config.json": {
+        "adapter_config.json": "merge it into the one that it was made for",
+        "snapshots/0123/config.json": "that folder is the model's",
+        "checkpoint-500/config.json": "such a folder is a model's",
+        "model-Q4_K_M.gguf": "a copy of the model in safetensors",
+        "params.json": "a copy of the model in safetensors",
+    },
+    "model.safetensors": {
+        "pytorch_model.bin": "convert it to safetensors, nothing is unpickled here",
+        "pytorch_model-00001-of-00002.bin": "convert it to safetensors, nothing is unpickled here",
+        "consolidated.00.pth": "a copy of the model in safetensors",
+        "model-Q4_K_M.gguf": "a copy of the model in safetensors",
+        "adapter_model.safetensors": "merge it into the one that it was made for",
+        "consolidated.safetensors": "a copy of the model in safetensors",
+        "model-00001-of-00001.safetensors": "model.safetensors.index.json, which names such parts, is missing",
+        "model.fp16.safetensors": "call it model.safetensors",
+        "gptq_model-4bit-128g.safetensors": "call it model.safetensors",
+    },
+    "tokenizer.json": {
+        name: "transformers can convert it" for name in ("tokenizer.model", "vocab.json", "tekken.json")
+    },
+}
+ALL_IN_PLACE = [(missing, other) for missing, others in IN_PLACE_OF.items() for other in others]
+
+
+@pytest.mark.parametrize(("missing", "other"), ALL_IN_PLACE, ids=str)
+def test_what_lies_in_the_place_of_a_file(tiny: Path, missing: str, other: str):
+    (tiny / other).parent.mkdir(parents=True, exist_ok=True)
+    (tiny / missing).rename(tiny / other)
+    message = refusal(load, tiny, device="cpu")
+    assert message.startswith(f"{tiny / missing} is missing: there is only {other}: ")
+    assert IN_PLACE_OF[missing][other] in message
+
+
+def test_several_that_lie_there(tiny: Path):
+    for steps in (500, 1000, 1500):
+        (tiny / f"checkpoint-{steps}").mkdir()
+        shutil.copy(tiny / "config.json", tiny / f"checkpoint-{steps}")
+    (tiny / "config.json").unlink()
+    assert "there is only checkpoint-1000/config.json and 2 more: " in refusal(load, tiny, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                  "generation_config.json", "added_tokens.json", "chat_template.jinja",
+                                  "model.safetensors.index.json"])  # fmt: skip
+def test_a_link_that_leads_nowhere_is_not_nothing(tiny: Path, name: str):
+    """As in a snapshot of the hub's cache that was copied without the files that it links to."""
+    (tiny / name).unlink(missing_ok=True)
+    if name == "model.safetensors.index.json":
+        (tiny / "model.safetensors").unlink()
+    (tiny / name).symlink_to("../../blobs/0123")
+    message = refusal(load, tiny, device="cpu")
+    assert f"{tiny / name}" in message
+    assert "it is a link that leads nowhere" in message
+
+
+def test_words_that_a_link_does_not_lead_to(tiny: Path):
+    (tiny / "prompts.json").symlink_to("../../blobs/0123")
+    assert "prompts.json cannot be read: it is a link that leads nowhere" in refusal(prompts_of, tiny)
 
 
 # ---- the context

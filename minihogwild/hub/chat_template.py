@@ -4,6 +4,7 @@ They may loop for ever, or ask for all the memory there is: so they get ten seco
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Collection
@@ -50,7 +51,7 @@ def read_chat_template(folder: Path) -> str | None:
     """The chat template, as the folder gives it; None where it has none."""
     several = folder / "additional_chat_templates"
     files = {path.stem: path for path in several.glob("*.jinja")}
-    if (folder / "chat_template.jinja").exists():
+    if os.path.lexists(folder / "chat_template.jinja"):
         files.setdefault("default", folder / "chat_template.jinja")
     if files:
         with refusing(several):

@@ -4,6 +4,7 @@ Each file is opened once, and each tensor is copied straight to its place: a mat
 checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..config import Config, LayerKind
 from ..errors import InputError, allocating, refusing, require
 from ..files import read_json, require_file
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
+from .folder import require_there
 from .progress import Bar
 from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
@@ -258,8 +260,10 @@ def usual_name(name: str, start: str) -> str:
 def open_file(path: Path) -> list[Stored]:
     """The tensors of one safetensors file, of which its header alone has been read."""
     tensors = []
+    require_there(path)
     with refusing(f"{path} cannot be read"):
-        require_weights(path)
+        require_file(path)
+        require_no_pointer(path)
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)
@@ -267,14 +271,8 @@ def open_file(path: Path) -> list[Stored]:
     return tensors
 
 
-def require_weights(path: Path) -> None:
-    """Raise InputError where something else lies in a file's place that is often found there."""
-    if not path.exists():
-        pickled = sorted(other.name for other in path.parent.glob("pytorch_model*.bin"))
-        names = ", ".join(pickled)
-        require(not pickled, f"there is only {names}: convert it to safetensors, nothing is unpickled here")
-        return  # whoever opens it says that it is missing
-    require_file(path)
+def require_no_pointer(path: Path) -> None:
+    """Raise InputError for what a repository has in a file's place that was cloned without Git LFS."""
     with path.open("rb") as file:
         is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     require(not is_pointer, "it is a pointer of Git LFS, not the weights: fetch those by `git lfs pull`")
@@ -337,7 +335,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
+    if os.path.lexists(whole) or not os.path.lexists(index):
         return [whole]
     with refusing(index):
         file_of_tensor = read_json(index).get("weight_map", {})

@@ -14,6 +14,7 @@ from ..sampling import Sampling
 from ..weights import Weights
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
+from .folder import require_there
 from .progress import Bar, close_bars
 from .quantized import format_of
 from .tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from .tokenizer import Tokenizer
 # What is fetched from a hub repository
 FILES = [
     "config.json",
+    "adapter_config.json",  # so that a folder which is no model can be told
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -83,7 +85,7 @@ def load(
     device = choose_device(device)
     if folder is None:
         folder = fetch(str(name))
-    settings = read_json(folder / "config.json")
+    settings = read_config(folder / "config.json")
     config = parse_config(settings, context)
     format = format_of(settings)
     if dtype == "auto":
@@ -146,9 +148,7 @@ def dtype_in(settings: dict) -> str | None:
 def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The folder's tokenizer. It may know a few ids past the embedding, such as a [PAD] that nobody feeds."""
     path = folder / "tokenizer.json"
-    other = folder / "tokenizer.model"
-    only_other = other.exists() and not path.exists()
-    require(not only_other, f"{path} is missing: there is only tokenizer.model, which transformers can convert")
+    require_there(path)
     tokenizer = Tokenizer(folder)
     V = config.vocab_size
     require(tokenizer.last_of_model < V, f"{path}: {tokenizer.size} ids, more than config.json's vocab_size {V}")
@@ -163,6 +163,11 @@ def fetch_config(name: str) -> dict:
         path = folder / "config.json"
         if not folder.is_dir():
             path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    return read_config(path)
+
+
+def read_config(path: Path) -> dict:
+    require_there(path)
     return read_json(path)
 
 
