@@ -358,6 +358,11 @@ def test_experts():
     assert parse_config(newer).num_experts == 5
 
 
+def test_the_form_of_mlx_is_refused_by_its_name():
+    message = refusal(parse_config, TINY | {"quantization": {"group_size": 64, "bits": 4}})
+    assert "config.json: quantization is MLX's own form, which is not supported" in message
+
+
 def test_a_silent_activation_is_silu():
     assert parse_config(without(TINY, "hidden_act")) == parse_config(TINY)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hub_files import (
     BROKEN_JSON,
@@ -26,14 +28,14 @@ from hub_files import (
     without,
     write_json,
 )
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from in_process import said
 
 from minihogwild import Config, LayerKind, Rope, Run, generate, load
 from minihogwild.errors import allocating
 from minihogwild.hub import checkpoint
-from minihogwild.hub.loading import choose_device, fetch
+from minihogwild.hub.loading import choose_device, fetch, fetch_config
 from minihogwild.prompts import Prompts, prompts_of
 
 
@@ -150,6 +152,30 @@ def test_auto_dtype_is_the_checkpoints_own_where_config_json_is_silent(tmp_path:
         assert load(make_folder(tmp_path / name, config, saved), device="cpu").dtype == getattr(torch, name)
 
 
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_what_config_json_calls_a_dtype(tmp_path: Path, key: str):
+    """`auto` leaves it to the checkpoint; PyTorch has short names, and puts its own before the long ones."""
+    stored = make_tensors(TINY, dtype=torch.bfloat16)
+    names = {"auto": torch.bfloat16, "half": torch.float16, "double": torch.float64, "torch.float32": torch.float32}
+    for name, dtype in names.items():
+        config = without(TINY, "torch_dtype") | {key: name}
+        assert load(make_folder(tmp_path / name, config, stored), device="cpu").dtype == dtype
+    for wrong in ("fp16", "int8", "Tensor", "float8_e4m3fn"):
+        folder = make_folder(tmp_path / wrong, without(TINY, "torch_dtype") | {key: wrong}, stored)
+        message = refusal(load, folder, device="cpu")
+        assert message.startswith(f"config.json: {key} {wrong!r} is not supported: use --dtype")
+        assert load(folder, dtype="float32", device="cpu").dtype == torch.float32
+
+
+def test_an_adapter_beside_a_model_is_told(tiny: Path, caplog):
+    """Some writers save both; transformers has taken the one, the other, or both together."""
+    load(tiny, device="cpu")
+    assert not caplog.records
+    write_json(tiny / "adapter_config.json", {"peft_type": "LORA"})
+    load(tiny, device="cpu")
+    assert [record.getMessage() for record in caplog.records] == ["adapter_config.json: the adapter is not applied"]
+
+
 def test_an_unknown_dtype_is_refused_by_name(tiny: Path):
     message = refusal(load, tiny, dtype="int8", device="cpu")
     assert "'int8'" in message
@@ -204,6 +230,15 @@ def test_files_that_need_not_be_there(tiny: Path, name: str):
 def test_a_tokenizer_that_cannot_be_read_is_named(tiny: Path, content: str):
     (tiny / "tokenizer.json").write_text(content, "utf-8")
     assert "tokenizer.json" in refusal(load, tiny, device="cpu")
+
+
+def test_a_tokenizer_of_a_newer_version(tiny: Path):
+    """What the library says of it names neither the part nor the library."""
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    write_json(tiny / "tokenizer.json", tokenizer | {"pre_tokenizer": {"type": "NotYetInvented"}})
+    message = refusal(load, tiny, device="cpu")
+    assert f"tokenizers {tokenizers.__version__} cannot, which a newer version may: " in message
+    assert "did not match any variant" in message
 
 
 # ---- the hub
@@ -326,6 +361,12 @@ def test_a_local_folder_comes_before_the_hub(tiny: Path, monkeypatch: pytest.Mon
         "~/no/such/model",
         "~no-such-user-here/model",
         "~no-such-user-here",
+        "someone/tiny-model/",
+        "someone/tiny-model@main",
+        "someone/tiny-model-GGUF:Q4_K_M",
+        "https://huggingface.co/someone/tiny-model",
+        "someone\\tiny-model",
+        " ",
     ],
 )
 def test_what_looks_local_never_reaches_the_hub(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, name: str):
@@ -333,7 +374,22 @@ def test_what_looks_local_never_reaches_the_hub(elsewhere: Path, monkeypatch: py
     monkeypatch.setattr("socket.socket.connect", None)
     message = refusal(load, name, device="cpu")
     assert message.startswith(f"{name}: neither a folder")
-    assert "Repo id" in message or "home directory" in message
+    assert "no such folder is here" in message or "home directory" in message
+
+
+def test_a_file_is_no_folder(tiny: Path):
+    for path in (tiny / "model.safetensors", tiny / "config.json"):
+        for asked in (load, fetch_config):
+            assert f"{path}: neither a folder" in (message := refusal(asked, str(path)))
+            assert "it is a file: give the folder that it lies in" in message
+
+
+def test_no_name_is_not_the_current_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """`--model "$MODEL"`, where no such variable is set."""
+    monkeypatch.chdir(tiny)
+    assert load(".", device="cpu").folder == Path(".")
+    for asked in (load, fetch_config):
+        assert "its name is empty" in refusal(asked, "")
 
 
 class RepositoryNotFoundError(OSError):
@@ -604,6 +660,7 @@ def test_the_option_reaches_the_run(tmp_path: Path):
         (RepositoryNotFoundError(), "no such repository, or a private one: then log in"),
         (LocalEntryNotFoundError("no"), "the hub cannot be reached"),
         (OfflineModeIsEnabled("no"), "the hub is not asked (HF_HUB_OFFLINE)"),
+        (EntryNotFoundError("no"), "the repository has no config.json"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -221,6 +221,8 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
     require(name in FAMILIES, f"model_type {name!r} is not supported ({', '.join(FAMILIES)} are)")
     family = FAMILIES[name]
     require_only_values(given)
+    packed_by_mlx = "quantization" in given
+    require(not packed_by_mlx, "quantization is MLX's own form, which is not supported: take another copy of the model")
     warn_of_unknown_settings(given)
     missing = [key for key in NEEDED if key not in given]
     require(not missing, f"no {', '.join(missing)}")

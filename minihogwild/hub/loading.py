@@ -1,5 +1,6 @@
 """`load`: from the name of a model to the model."""
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..config import Config
 from ..errors import InputError, refusing, require
 from ..files import read_json
 from ..sampling import Sampling
-from ..weights import Weights
+from ..weights import Weights, name_of_dtype
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
 from .folder import require_there
@@ -19,10 +20,12 @@ from .progress import Bar, close_bars
 from .quantized import format_of
 from .tokenizer import Tokenizer
 
+logger = logging.getLogger("minihogwild")
+
 # What is fetched from a hub repository
 FILES = [
     "config.json",
-    "adapter_config.json",  # so that a folder which is no model can be told
+    "adapter_config.json",  # not applied: so that it can be told
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -86,6 +89,8 @@ def load(
     if folder is None:
         folder = fetch(str(name))
     settings = read_config(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        logger.warning("adapter_config.json: the adapter is not applied")
     config = parse_config(settings, context)
     format = format_of(settings)
     if dtype == "auto":
@@ -140,8 +145,12 @@ def dtype_of(settings: dict, folder: Path | None, few_bits_on_cpu: bool = False)
 
 def dtype_in(settings: dict) -> str | None:
     for key in ("dtype", "torch_dtype"):  # as transformers writes it today, and as it did
-        if settings.get(key):
-            return settings[key]
+        name = settings.get(key)
+        if name and name != "auto":
+            dtype = getattr(torch, name.removeprefix("torch."), None)  # PyTorch has short names too, such as half
+            supported = dtype in DTYPES.values()
+            require(supported, f"config.json: {key} {name!r} is not supported: use --dtype with {', '.join(DTYPES)}")
+            return name_of_dtype(dtype)
     return None
 
 
@@ -159,10 +168,8 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 def fetch_config(name: str) -> dict:
     """config.json of the local folder or hub repository of that name, without anything else of it."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
-        folder = Path(name).expanduser()
-        path = folder / "config.json"
-        if not folder.is_dir():
-            path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        folder = local_folder(name)
+        path = folder / "config.json" if folder else Path(huggingface_hub.hf_hub_download(name, "config.json"))
     return read_config(path)
 
 
@@ -174,19 +181,29 @@ def read_config(path: Path) -> dict:
 def fetch(name: str) -> Path:
     """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
+        folder = local_folder(name)
+        if folder is None:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
     close_bars()
     return folder
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of that name here; None where there is none, and the hub is to be asked."""
+    require(name, "its name is empty")
+    path = Path(name).expanduser()
+    require(not path.is_file(), "it is a file: give the folder that it lies in")
+    return path if path.is_dir() else None
 
 
 # What can be done about the usual failures, by the names of the hub's exceptions (to import them takes a while)
 REASONS = {
     "GatedRepoError": "it is gated, its owners ask for consent: give it on its page, and log in by `hf auth login`",
     "RepositoryNotFoundError": "no such repository, or a private one: then log in by `hf auth login`",
+    "HFValidationError": "no such folder is here; and on the hub, names are as Qwen/QwQ-32B, with nothing around them",
     "LocalEntryNotFoundError": "the hub cannot be reached, and nothing of it is kept here",
     "OfflineModeIsEnabled": "the hub is not asked (HF_HUB_OFFLINE), and nothing of it is kept here",
+    "EntryNotFoundError": "the repository has no config.json",
 }
 
 

@@ -67,7 +67,8 @@ class Tokenizer:
 
     @staticmethod
     def _build(data: dict, added: list[dict]) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
+        with refusing(f"tokenizers {tokenizers.__version__} cannot, which a newer version may"):
+            return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
 
     def encode(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
