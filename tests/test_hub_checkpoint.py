@@ -292,7 +292,6 @@ def test_an_expert_too_many_or_misshapen_is_named(tmp_path: Path):
         "model.layers.1.mlp.down_proj.bias",
         "model.layers.1.mlp.gate_proj.bias",
         "model.layers.2.input_layernorm.weight",  # one layer more than config.json says
-        "model.layers.0.self_attn.q_proj.qweight",
         "model.layers.0.self_attn.rotary_embedding",
         "score.weight",
         "embed_tokens.weight",
@@ -302,6 +301,13 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, name: str):
     message = weights_refused(tmp_path, make_tensors(TINY) | {name: torch.zeros(4)})
     assert name in message
     assert "not know" in message
+
+
+@pytest.mark.parametrize("end", ["qweight", "weight_packed", "weight_scale", "weight_scale_inv", "weight.absmax"])
+def test_a_packed_tensor_is_not_simply_unknown(tmp_path: Path, end: str):
+    name = f"model.layers.0.self_attn.q_proj.{end}"
+    message = weights_refused(tmp_path, make_tensors(TINY) | {name: torch.zeros(4)})
+    assert f"{name} is packed, and no quantization_config in config.json says how" in message
 
 
 def test_an_untied_head_in_a_tied_folder_is_not_simply_unknown(tmp_path: Path):

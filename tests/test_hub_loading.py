@@ -257,6 +257,8 @@ NEEDED = {
     "additional_chat_templates/default.jinja",
     "chat_template.json",
     "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
 }
 NOT_NEEDED = {
     ".gitattributes",

@@ -27,6 +27,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EACH_HAS = "layers.0.input_layernorm.weight"  # every checkpoint, packed or not, and once
 # What PyTorch puts into the names of a model that it has compiled, or shared out for its training
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+# Tensors that packed checkpoints have, by the formats of AWQ and GPTQ, compressed-tensors, FP8 and bitsandbytes
+PACKED_ENDS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax")
 LFS_POINTER = b"version https://git-lfs"  # what such a file begins with
 
 
@@ -204,6 +206,8 @@ def load_weights(
         shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
+    if format is None:
+        require_unpacked(stored)
     if isinstance(storage, Packed):
         stored = without_zero_biases(stored)
     extras = extras_in(stored)
@@ -285,6 +289,12 @@ def stored_dtype(folder: Path) -> str | None:
     if embedding is None or embedding.dtype not in FLOATS:
         return None
     return name_of_dtype(FLOATS[embedding.dtype])
+
+
+def require_unpacked(stored: dict[str, Stored]) -> None:
+    for name in sorted(stored):
+        is_packed = name.endswith(PACKED_ENDS)
+        require(not is_packed, f"{name} is packed, and no quantization_config in config.json says how")
 
 
 def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:

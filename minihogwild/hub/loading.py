@@ -10,14 +10,14 @@ import torch
 
 from ..config import Config
 from ..errors import InputError, refusing, require
-from ..files import read_json
+from ..files import read_json, read_json_if_there
 from ..sampling import Sampling
 from ..weights import Weights, name_of_dtype
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
 from .folder import require_there
 from .progress import Bar, close_bars
-from .quantized import format_of
+from .quantized import Format, awq_format, format_of, gptq_format
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("minihogwild")
@@ -27,6 +27,8 @@ FILES = [
     "config.json",
     "adapter_config.json",  # not applied: so that it can be told
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
@@ -92,7 +94,7 @@ def load(
     if (folder / "adapter_config.json").exists():
         logger.warning("adapter_config.json: the adapter is not applied")
     config = parse_config(settings, context)
-    format = format_of(settings)
+    format = format_of(settings) or format_beside(folder)
     if dtype == "auto":
         has_fewer_bits = format is not None or quantize is not None
         dtype = dtype_of(settings, folder, has_fewer_bits and device.type == "cpu")
@@ -103,6 +105,24 @@ def load(
         eos |= tokenizer.eos  # a fine-tuned model's may stand there alone: the other files are those of its base
     weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
+
+
+# Files in which older writers say what `quantization_config` in config.json says now, and their names for its keys
+OLDER_FORMATS = ("quantize_config.json", "quant_config.json")
+OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def format_beside(folder: Path) -> Format | None:
+    """A packed checkpoint's format, as AutoGPTQ and AutoAWQ wrote it beside config.json; None where they have not."""
+    for name in OLDER_FORMATS:
+        with refusing(folder / name):
+            found = read_json_if_there(folder / name)
+            given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
+            method = given.get("quant_method", "awq" if "zero_point" in given else "gptq")
+            require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
+            if given:
+                return awq_format(given) if method == "awq" else gptq_format(given)
+    return None
 
 
 def choose_device(device: str | torch.device) -> torch.device:
