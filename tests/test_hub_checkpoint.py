@@ -310,6 +310,21 @@ def test_a_packed_tensor_is_not_simply_unknown(tmp_path: Path, end: str):
     assert f"{name} is packed, and no quantization_config in config.json says how" in message
 
 
+@pytest.mark.parametrize("start", ["", "base_model.model."])
+def test_an_adapter_that_is_not_merged_is_not_simply_unknown(tmp_path: Path, start: str):
+    """A whole PEFT model: each matrix beside what is to be added to it."""
+    changed = "model.layers.0.self_attn.q_proj."
+    saved = {name.replace(changed, changed + "base_layer."): tensor for name, tensor in make_tensors(TINY).items()}
+    saved[changed + "lora_A.default.weight"] = torch.zeros(2, 12)
+    message = weights_refused(tmp_path, {start + name: tensor for name, tensor in saved.items()})
+    assert f"{changed}base_layer.weight belongs to an adapter that is not merged" in message
+
+
+def test_a_vocabulary_that_was_resized_in_the_checkpoint_alone(tmp_path: Path):
+    message = weights_refused(tmp_path, make_tensors(TINY), TINY | {"vocab_size": 264})
+    assert "lm_head.weight has shape [260, 12], not [264, 12] as by config.json" in message
+
+
 def test_an_untied_head_in_a_tied_folder_is_not_simply_unknown(tmp_path: Path):
     """The other way round is a missing tensor: config.json says untied, and no head was saved."""
     assert "lacks lm_head.weight" in weights_refused(tmp_path, make_tensors(TIED), TINY)

@@ -206,6 +206,7 @@ def load_weights(
         shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
+    require_merged(stored)
     if format is None:
         require_unpacked(stored)
     if isinstance(storage, Packed):
@@ -291,6 +292,12 @@ def stored_dtype(folder: Path) -> str | None:
     return name_of_dtype(FLOATS[embedding.dtype])
 
 
+def require_merged(stored: dict[str, Stored]) -> None:
+    for name in sorted(stored):
+        is_adapters = ".lora_" in name or ".base_layer." in name
+        require(not is_adapters, f"{name} belongs to an adapter that is not merged: save the model after merging it")
+
+
 def require_unpacked(stored: dict[str, Stored]) -> None:
     for name in sorted(stored):
         is_packed = name.endswith(PACKED_ENDS)
@@ -324,8 +331,8 @@ def require_the_same_tensors(expected: dict[str, Place], stored: dict[str, Store
     unknown = stored.keys() - expected.keys()
     require(not unknown, f"the checkpoint has tensors that this architecture does not know: {name_some(unknown)}")
     for name, tensor in stored.items():
-        right = list(expected[name].shape)
-        require(tensor.shape == right, f"{tensor.path.name}: {name} has shape {tensor.shape}, not {right}")
+        found, right = tensor.shape, list(expected[name].shape)
+        require(found == right, f"{tensor.path.name}: {name} has shape {found}, not {right} as by config.json")
         dtypes = getattr(expected[name], "dtypes", FLOATS)  # a plain tensor takes any numbers with a fraction
         one_of = ", ".join(dtypes)
         require(tensor.dtype in dtypes, f"{tensor.path.name}: {name} is {tensor.dtype}, none of {one_of}")
