@@ -131,6 +131,50 @@ def test_experts_lie_in_the_order_of_their_numbers(tmp_path: Path):
     assert_holds(load(make_folder(tmp_path, config, saved, shards=2), device="cpu").weights, saved, config)
 
 
+def fused(saved: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """As transformers holds experts, and may save them: all of a layer's in one tensor, gate above up."""
+    tensors = {name: tensor for name, tensor in saved.items() if ".experts." not in name}
+    every = range(config["num_experts"])
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}.mlp.experts."
+        part = lambda x, name, at=at: saved[f"{at}{x}.{name}_proj.weight"]  # noqa: E731
+        if f"{at}0.up_proj.weight" in saved:
+            gate_up = [torch.cat([part(x, "gate"), part(x, "up")]) for x in every]
+            tensors[at + "gate_up_proj"] = torch.stack(gate_up)
+            tensors[at + "down_proj"] = torch.stack([part(x, "down") for x in every])
+    return tensors
+
+
+@pytest.mark.parametrize("start", ["", "_orig_mod."])
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_experts_in_one_tensor(tmp_path: Path, quantize: int | None, start: str):
+    saved = make_tensors(MOE, qk_norms=True)
+    in_one = {start + name: tensor for name, tensor in fused(saved, MOE).items()}
+    assert len(in_one) < len(saved)
+    usual, ours = (
+        load(make_folder(tmp_path / name, MOE, tensors), device="cpu", quantize=quantize).weights
+        for name, tensors in {"usual": saved, "in one": in_one}.items()
+    )
+    for one, other in zip(usual.layers, ours.layers):
+        assert torch.equal(one.gate_up.float64(), other.gate_up.float64())
+        assert torch.equal(one.down.float64(), other.down.float64())
+    if quantize is None:
+        assert_holds(ours, saved, MOE)
+
+
+@pytest.mark.parametrize("change", [{"num_experts": 2}, {"num_experts": 4}, {"moe_intermediate_size": 8}], ids=str)
+def test_experts_in_one_tensor_that_is_not_config_jsons(tmp_path: Path, change: dict):
+    message = weights_refused(tmp_path, fused(make_tensors(MOE), MOE), MOE | change)
+    assert "mlp.experts." in message
+
+
+@pytest.mark.parametrize("shape", [(3, 14), (3, 0, 12), (14,)], ids=str)
+def test_what_only_has_the_name_of_experts_in_one(tmp_path: Path, shape: tuple):
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    message = weights_refused(tmp_path, make_tensors(MOE) | {name: torch.zeros(shape)}, MOE)
+    assert f"not know: {name}" in message
+
+
 # ---- tied embeddings, and what is in checkpoints but is no parameter
 
 TIED = TINY | {"tie_word_embeddings": True}

@@ -4,10 +4,11 @@ Each file is opened once, and each tensor is copied straight to its place: a mat
 checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
+import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .quantized import FLOATS, Format, Packed, Place, Plain, Rounded, Storage, T
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EACH_HAS = "layers.0.input_layernorm.weight"  # every checkpoint, packed or not, and once
+MOST_EXPERTS = 2**16  # of a layer: far from every model, but a file may claim any number
 # What PyTorch puts into the names of a model that it has compiled, or shared out for its training
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 # Tensors that packed checkpoints have, by the formats of AWQ and GPTQ, compressed-tensors, FP8 and bitsandbytes
@@ -178,9 +180,12 @@ class Stored:
     file: safe_open  # that path, opened
     dtype: str  # safetensors' name
     shape: list[int]
+    part: tuple | None = None  # the indices of it, where it lies in a larger one of that name
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        if self.part is None:
+            return self.file.get_tensor(self.name)
+        return self.file.get_slice(self.name)[self.part]
 
 
 def load_weights(
@@ -234,12 +239,12 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     tensors = [tensor for path in safetensors_files(folder) for tensor in open_file(path)]
     start = start_of_names({WRAPPERS.sub("", tensor.name) for tensor in tensors})
     stored: dict[str, Stored] = {}
-    for tensor in tensors:
-        name = usual_name(tensor.name, start)
-        if name in stored:
-            other = stored[name].path
-            raise InputError(f"{tensor.path.name}: tensor {name} stands in {other.name} too")
-        stored[name] = tensor
+    for whole in tensors:
+        for name, tensor in experts_in(usual_name(whole.name, start), whole).items():
+            if name in stored:
+                other = stored[name].path
+                raise InputError(f"{tensor.path.name}: tensor {name} stands in {other.name} too")
+            stored[name] = tensor
     return stored
 
 
@@ -260,6 +265,29 @@ def usual_name(name: str, start: str) -> str:
     # What stands beside `model`, the head, begins with what stands before it.
     outer = start.removesuffix("model.") if f".{start}".endswith(".model.") else ""
     return name.removeprefix(outer)
+
+
+def experts_in(name: str, tensor: Stored) -> dict[str, Stored]:
+    """Each expert's tensors, by name, where this one holds all of a layer's: so transformers may save them.
+
+    Any other tensor as it is.
+    """
+    start, mark, what = name.rpartition(".mlp.experts.")
+    has_the_name = mark and what in ("gate_up_proj", "down_proj")
+    has_the_shape = len(tensor.shape) == 3 and math.prod(tensor.shape) > 0 and tensor.shape[0] <= MOST_EXPERTS
+    if not (has_the_name and has_the_shape):
+        return {name: tensor}
+    X, N, E = tensor.shape
+    rows = {"down_proj": slice(0, N)}
+    if what == "gate_up_proj":
+        rows = {"gate_proj": slice(0, N // 2), "up_proj": slice(N // 2, N)}
+    parts = {}
+    for expert in range(X):
+        for part, its_rows in rows.items():
+            shape = [its_rows.stop - its_rows.start, E]
+            expert_name = f"{start}{mark}{expert}.{part}.weight"
+            parts[expert_name] = replace(tensor, shape=shape, part=(expert, its_rows))
+    return parts
 
 
 def open_file(path: Path) -> list[Stored]:
