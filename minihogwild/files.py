@@ -21,11 +21,15 @@ def read_json(path: Path) -> dict:
 
 def read_json_if_there(path: Path) -> dict:
     """The same; an empty object where there is no such file."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def require_file(path: Path) -> None:
-    """Raise InputError for a pipe or a device: it may wait for ever, or never end. (What is missing, a reader says.)"""
+    """Raise InputError for a pipe or a device: it may wait for ever, or never end. (What is missing, a reader says.)
+
+    And for a link that leads nowhere, as in a copy of the hub's cache: what it should lead to was meant to count.
+    """
+    require(path.exists() or not path.is_symlink(), "it is a link that leads nowhere")
     require(path.is_file() or not path.exists(), "it is not a file")
 
 

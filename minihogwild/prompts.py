@@ -1,5 +1,6 @@
 """The words that make workers cooperate, as data; and how their text is read: paragraphs, answers, "all done"."""
 
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -151,7 +152,7 @@ def load_prompts(path: Path) -> Prompts:
 def prompts_of(folder: Path) -> Prompts:
     """The words that a model folder brings, or the default."""
     own = folder / "prompts.json"
-    return load_prompts(own) if own.exists() else Prompts()
+    return load_prompts(own) if os.path.lexists(own) else Prompts()
 
 
 def fill(template: str, **values: object) -> str:

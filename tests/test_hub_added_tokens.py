@@ -146,6 +146,24 @@ def test_a_token_that_is_named_special_is_special(tmp_path: Path):
     assert ours.control["<end>"] not in ours.encode("<end>")
 
 
+@pytest.mark.parametrize("where", ["at the top", "extra_special_tokens"])
+def test_special_tokens_by_names_of_their_own(tmp_path: Path, where: str):
+    """Templates write them by those names: without them, nothing would stand there."""
+    tokenizer = build("qwen")
+    tokenizer.add_tokens(["<turn>"])
+    named = {"turn_token": "<turn>", "image_token": "<image>"}
+    settings = named if where == "at the top" else {where: named}
+    folder = save(tmp_path, tokenizer, "{{ turn_token }}{{ messages[0].content }}", **settings)
+    ours, theirs = Tokenizer(folder), Theirs(folder)
+    assert ours.chat("hello") == theirs.chat("hello")
+    assert ours.chat("hello")[0] == ours.control["<turn>"]
+    for name, text in named.items():
+        assert ours.special_tokens[name] == text
+        assert ours.added[text] == theirs.tokenizer.convert_tokens_to_ids(text)
+        assert theirs.tokenizer.decode([ours.added[text]], skip_special_tokens=True) == ""
+        assert ours.added[text] in ours.hidden
+
+
 def test_ids_that_contradict_each_other_are_named(tmp_path: Path):
     data, free = bare()
     entry = LISTED | {"content": data["added_tokens"][0]["content"], "special": True}

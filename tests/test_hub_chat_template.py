@@ -238,6 +238,35 @@ def test_the_template_of_each_place(tmp_path: Path):
         assert Tokenizer(folder).chat("in the") == Theirs(folder).chat("in the") == expected, name
 
 
+def test_templates_in_a_folder_of_their_own(tmp_path: Path):
+    """As transformers writes several: the default one beside, or among them, where it counts."""
+    folder = save(tmp_path, "qwen", LLAMA3)
+    others = folder / "additional_chat_templates"
+    others.mkdir()
+    (others / "tool_use.jinja").write_text("{{ raise_exception('not this') }}")
+    message = refusal(Tokenizer, folder)
+    assert str(others) in message
+    assert "of several (tool_use), none is called default" in message
+    (folder / "chat_template.jinja").write_text(SMOLLM)
+    assert Tokenizer(folder).chat("in the") == Theirs(folder).chat("in the") == pair("qwen", SMOLLM)[0].chat("in the")
+    (others / "default.jinja").write_text(QWEN)
+    assert Tokenizer(folder).chat("in the") == Theirs(folder).chat("in the") == pair("qwen", QWEN)[0].chat("in the")
+    (others / "default.jinja").write_bytes(b"\xff\xfe")
+    assert "default.jinja cannot be read" in refusal(Tokenizer, folder)
+
+
+def test_the_template_of_a_processor(tmp_path: Path):
+    """Mistral-Small-3.1 has it nowhere else: without it the model would get no chat, but bare text."""
+    folder = save(tmp_path, "qwen")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": QWEN}))
+    assert Tokenizer(folder).chat("in the") == pair("qwen", QWEN)[0].chat("in the")
+    folder = save(tmp_path, "qwen", SMOLLM)
+    assert Tokenizer(folder).chat("in the") == Theirs(folder).chat("in the") == pair("qwen", SMOLLM)[0].chat("in the")
+    folder = save(tmp_path, "qwen")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": 7}))
+    assert "chat_template.json: chat_template" in refusal(Tokenizer, folder)
+
+
 def test_a_template_that_is_not_text_is_refused_with_its_file(tmp_path: Path):
     folder = save(tmp_path, "smollm")
     (folder / "chat_template.jinja").write_bytes(b"{{ messages[0].content }}\xff\xfe")

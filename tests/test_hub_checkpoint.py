@@ -131,6 +131,50 @@ def test_experts_lie_in_the_order_of_their_numbers(tmp_path: Path):
     assert_holds(load(make_folder(tmp_path, config, saved, shards=2), device="cpu").weights, saved, config)
 
 
+def fused(saved: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """As transformers holds experts, and may save them: all of a layer's in one tensor, gate above up."""
+    tensors = {name: tensor for name, tensor in saved.items() if ".experts." not in name}
+    every = range(config["num_experts"])
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}.mlp.experts."
+        part = lambda x, name, at=at: saved[f"{at}{x}.{name}_proj.weight"]  # noqa: E731
+        if f"{at}0.up_proj.weight" in saved:
+            gate_up = [torch.cat([part(x, "gate"), part(x, "up")]) for x in every]
+            tensors[at + "gate_up_proj"] = torch.stack(gate_up)
+            tensors[at + "down_proj"] = torch.stack([part(x, "down") for x in every])
+    return tensors
+
+
+@pytest.mark.parametrize("start", ["", "_orig_mod."])
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_experts_in_one_tensor(tmp_path: Path, quantize: int | None, start: str):
+    saved = make_tensors(MOE, qk_norms=True)
+    in_one = {start + name: tensor for name, tensor in fused(saved, MOE).items()}
+    assert len(in_one) < len(saved)
+    usual, ours = (
+        load(make_folder(tmp_path / name, MOE, tensors), device="cpu", quantize=quantize).weights
+        for name, tensors in {"usual": saved, "in one": in_one}.items()
+    )
+    for one, other in zip(usual.layers, ours.layers):
+        assert torch.equal(one.gate_up.float64(), other.gate_up.float64())
+        assert torch.equal(one.down.float64(), other.down.float64())
+    if quantize is None:
+        assert_holds(ours, saved, MOE)
+
+
+@pytest.mark.parametrize("change", [{"num_experts": 2}, {"num_experts": 4}, {"moe_intermediate_size": 8}], ids=str)
+def test_experts_in_one_tensor_that_is_not_config_jsons(tmp_path: Path, change: dict):
+    message = weights_refused(tmp_path, fused(make_tensors(MOE), MOE), MOE | change)
+    assert "mlp.experts." in message
+
+
+@pytest.mark.parametrize("shape", [(3, 14), (3, 0, 12), (14,)], ids=str)
+def test_what_only_has_the_name_of_experts_in_one(tmp_path: Path, shape: tuple):
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    message = weights_refused(tmp_path, make_tensors(MOE) | {name: torch.zeros(shape)}, MOE)
+    assert f"not know: {name}" in message
+
+
 # ---- tied embeddings, and what is in checkpoints but is no parameter
 
 TIED = TINY | {"tie_word_embeddings": True}
@@ -184,14 +228,61 @@ def test_tied_with_another_head_is_refused(tmp_path: Path, shards: int, spoil):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_rotary_frequencies_saved_by_llama_2_are_ignored(tmp_path: Path, shards: int):
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq",
+             "model.layers.0.self_attn.rotary_emb.cos_cached", "model.layers.0.self_attn.rotary_emb.sin_cached"]
+)  # fmt: skip
+def test_saved_rotations_are_ignored(tmp_path: Path, shards: int, name: str):
+    """Llama 2 has their frequencies, ColossalAI saves their cosines too: they follow from config.json."""
     saved = make_tensors(TINY)
-    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
-    folder = make_folder(tmp_path, TINY, extra | saved, shards)
+    folder = make_folder(tmp_path, TINY, {name: torch.ones(3)} | saved, shards)
     assert_holds(load(folder, device="cpu").weights, saved, TINY)
 
 
 # ---- names and shapes
+
+
+def rewrapped(name: str) -> str:
+    """As FSDP and torch.compile name what they wrap: each layer by itself, and the whole."""
+    whole = name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.")
+    return "_orig_mod." + whole
+
+
+RENAMED = {
+    "compiled": lambda name: "_orig_mod." + name,
+    "layers wrapped": rewrapped,
+    "DistributedDataParallel": lambda name: "module." + name,
+    "PEFT": lambda name: "base_model.model." + name,
+    "without its head": lambda name: name.removeprefix("model."),
+    "of a model that sees": lambda name: "language_model." + name,
+    "of a model that sees, newer": lambda name: name.replace("model.", "model.language_model.", 1),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("how", RENAMED)
+@pytest.mark.parametrize("config", [TINY, TIED, MOE], ids=["llama", "tied", "experts"])
+def test_the_same_tensors_under_other_names(tmp_path: Path, config: dict, how: str, shards: int):
+    saved = make_tensors(config, biases=True)
+    renamed = {RENAMED[how](name): tensor for name, tensor in saved.items()}
+    assert renamed.keys() != saved.keys()
+    folder = make_folder(tmp_path, without(config, "torch_dtype"), renamed, shards)
+    model = load(folder, device="cpu")
+    assert_holds(model.weights, saved, config)
+    assert model.dtype == torch.float32  # that of its embedding, which has been found
+
+
+def test_a_tensor_under_both_names_is_refused(tmp_path: Path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    twice = make_tensors(TINY) | {"_orig_mod." + name: torch.zeros(20, 12)}
+    assert f"{name} stands in model.safetensors too" in weights_refused(tmp_path, twice)
+
+
+def test_names_of_no_model_stay_what_they_are(tmp_path: Path):
+    """Two models in one checkpoint: which is meant?"""
+    saved = make_tensors(TINY)
+    two = saved | {"draft." + name: tensor.clone() for name, tensor in saved.items()}
+    assert "not know: draft.lm_head.weight" in weights_refused(tmp_path, two)
 
 
 def weights_refused(folder: Path, tensors: dict, config: dict = TINY, shards: int = 1) -> str:
@@ -245,8 +336,7 @@ def test_an_expert_too_many_or_misshapen_is_named(tmp_path: Path):
         "model.layers.1.mlp.down_proj.bias",
         "model.layers.1.mlp.gate_proj.bias",
         "model.layers.2.input_layernorm.weight",  # one layer more than config.json says
-        "model.layers.0.self_attn.q_proj.qweight",
-        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.self_attn.rotary_embedding",
         "score.weight",
         "embed_tokens.weight",
     ],
@@ -255,6 +345,28 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, name: str):
     message = weights_refused(tmp_path, make_tensors(TINY) | {name: torch.zeros(4)})
     assert name in message
     assert "not know" in message
+
+
+@pytest.mark.parametrize("end", ["qweight", "weight_packed", "weight_scale", "weight_scale_inv", "weight.absmax"])
+def test_a_packed_tensor_is_not_simply_unknown(tmp_path: Path, end: str):
+    name = f"model.layers.0.self_attn.q_proj.{end}"
+    message = weights_refused(tmp_path, make_tensors(TINY) | {name: torch.zeros(4)})
+    assert f"{name} is packed, and no quantization_config in config.json says how" in message
+
+
+@pytest.mark.parametrize("start", ["", "base_model.model."])
+def test_an_adapter_that_is_not_merged_is_not_simply_unknown(tmp_path: Path, start: str):
+    """A whole PEFT model: each matrix beside what is to be added to it."""
+    changed = "model.layers.0.self_attn.q_proj."
+    saved = {name.replace(changed, changed + "base_layer."): tensor for name, tensor in make_tensors(TINY).items()}
+    saved[changed + "lora_A.default.weight"] = torch.zeros(2, 12)
+    message = weights_refused(tmp_path, {start + name: tensor for name, tensor in saved.items()})
+    assert f"{changed}base_layer.weight belongs to an adapter that is not merged" in message
+
+
+def test_a_vocabulary_that_was_resized_in_the_checkpoint_alone(tmp_path: Path):
+    message = weights_refused(tmp_path, make_tensors(TINY), TINY | {"vocab_size": 264})
+    assert "lm_head.weight has shape [260, 12], not [264, 12] as by config.json" in message
 
 
 def test_an_untied_head_in_a_tied_folder_is_not_simply_unknown(tmp_path: Path):
@@ -453,14 +565,6 @@ def test_a_pointer_of_git_lfs(tmp_path: Path, shards: int):
     message = refusal(load, folder, device="cpu")
     assert f"{path} cannot be read: it is a pointer of Git LFS" in message
     assert "git lfs pull" in message
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_only_pickled_weights(tmp_path: Path, name: str):
-    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
-    (folder / "model.safetensors").rename(folder / name)
-    message = refusal(load, folder, device="cpu")
-    assert f"there is only {name}: convert it to safetensors" in message
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder"])

@@ -362,6 +362,11 @@ def test_experts():
     assert parse_config(newer).num_experts == 5
 
 
+def test_the_form_of_mlx_is_refused_by_its_name():
+    message = refusal(parse_config, TINY | {"quantization": {"group_size": 64, "bits": 4}})
+    assert "config.json: quantization is MLX's own form, which is not supported" in message
+
+
 def test_a_silent_activation_is_silu():
     assert parse_config(without(TINY, "hidden_act")) == parse_config(TINY)
 
@@ -414,7 +419,20 @@ def test_impossible_default_sampling_is_refused(tmp_path: Path):
     ],
 )
 def test_end_of_sequence_ids(tmp_path: Path, generation: dict | None, config: dict, wanted: set[int]):
-    assert loaded(tmp_path, generation, **config).eos == wanted
+    folder = loaded(tmp_path, generation, **config).folder
+    assert load(folder, device="cpu", with_tokenizer=False).eos == wanted
+    # The tokenizer's own ends a text too: fine-tuned on chats, many a model says so there alone.
+    assert load(folder, device="cpu").eos == wanted | {258}
+    write_json(folder / "tokenizer_config.json", {"eos_token": None})
+    assert load(folder, device="cpu").eos == wanted
+
+
+@pytest.mark.parametrize("wrong", [True, [256, True], "258", 258.0, [[258]]], ids=str)
+def test_what_is_no_end_of_sequence_id(tmp_path: Path, wrong: object):
+    message = refusal(loaded, tmp_path, {"eos_token_id": wrong})
+    assert message.startswith("generation_config.json: eos_token_id")
+    assert "neither an id nor a list of ids" in message
+    assert refusal(loaded, tmp_path, {}, eos_token_id=wrong).startswith("config.json: eos_token_id")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, folder: Path, generation: dict) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hub_files import (
     BROKEN_JSON,
@@ -25,15 +28,15 @@ from hub_files import (
     without,
     write_json,
 )
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from in_process import said
 
 from minihogwild import Config, LayerKind, Rope, Run, generate, load
 from minihogwild.errors import allocating
 from minihogwild.hub import checkpoint
-from minihogwild.hub.loading import choose_device, fetch
-from minihogwild.prompts import Prompts
+from minihogwild.hub.loading import choose_device, fetch, fetch_config
+from minihogwild.prompts import Prompts, prompts_of
 
 
 @pytest.fixture
@@ -149,6 +152,30 @@ def test_auto_dtype_is_the_checkpoints_own_where_config_json_is_silent(tmp_path:
         assert load(make_folder(tmp_path / name, config, saved), device="cpu").dtype == getattr(torch, name)
 
 
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_what_config_json_calls_a_dtype(tmp_path: Path, key: str):
+    """`auto` leaves it to the checkpoint; PyTorch has short names, and puts its own before the long ones."""
+    stored = make_tensors(TINY, dtype=torch.bfloat16)
+    names = {"auto": torch.bfloat16, "half": torch.float16, "double": torch.float64, "torch.float32": torch.float32}
+    for name, dtype in names.items():
+        config = without(TINY, "torch_dtype") | {key: name}
+        assert load(make_folder(tmp_path / name, config, stored), device="cpu").dtype == dtype
+    for wrong in ("fp16", "int8", "Tensor", "float8_e4m3fn"):
+        folder = make_folder(tmp_path / wrong, without(TINY, "torch_dtype") | {key: wrong}, stored)
+        message = refusal(load, folder, device="cpu")
+        assert message.startswith(f"config.json: {key} {wrong!r} is not supported: use --dtype")
+        assert load(folder, dtype="float32", device="cpu").dtype == torch.float32
+
+
+def test_an_adapter_beside_a_model_is_told(tiny: Path, caplog):
+    """Some writers save both; transformers has taken the one, the other, or both together."""
+    load(tiny, device="cpu")
+    assert not caplog.records
+    write_json(tiny / "adapter_config.json", {"peft_type": "LORA"})
+    load(tiny, device="cpu")
+    assert [record.getMessage() for record in caplog.records] == ["adapter_config.json: the adapter is not applied"]
+
+
 def test_an_unknown_dtype_is_refused_by_name(tiny: Path):
     message = refusal(load, tiny, dtype="int8", device="cpu")
     assert "'int8'" in message
@@ -205,6 +232,15 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tiny: Path, content: str):
     assert "tokenizer.json" in refusal(load, tiny, device="cpu")
 
 
+def test_a_tokenizer_of_a_newer_version(tiny: Path):
+    """What the library says of it names neither the part nor the library."""
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    write_json(tiny / "tokenizer.json", tokenizer | {"pre_tokenizer": {"type": "NotYetInvented"}})
+    message = refusal(load, tiny, device="cpu")
+    assert f"tokenizers {tokenizers.__version__} cannot, which a newer version may: " in message
+    assert "did not match any variant" in message
+
+
 # ---- the hub
 
 NEEDED = {
@@ -218,6 +254,11 @@ NEEDED = {
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/default.jinja",
+    "chat_template.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
 }
 NOT_NEEDED = {
     ".gitattributes",
@@ -322,6 +363,12 @@ def test_a_local_folder_comes_before_the_hub(tiny: Path, monkeypatch: pytest.Mon
         "~/no/such/model",
         "~no-such-user-here/model",
         "~no-such-user-here",
+        "someone/tiny-model/",
+        "someone/tiny-model@main",
+        "someone/tiny-model-GGUF:Q4_K_M",
+        "https://huggingface.co/someone/tiny-model",
+        "someone\\tiny-model",
+        " ",
     ],
 )
 def test_what_looks_local_never_reaches_the_hub(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, name: str):
@@ -329,7 +376,22 @@ def test_what_looks_local_never_reaches_the_hub(elsewhere: Path, monkeypatch: py
     monkeypatch.setattr("socket.socket.connect", None)
     message = refusal(load, name, device="cpu")
     assert message.startswith(f"{name}: neither a folder")
-    assert "Repo id" in message or "home directory" in message
+    assert "no such folder is here" in message or "home directory" in message
+
+
+def test_a_file_is_no_folder(tiny: Path):
+    for path in (tiny / "model.safetensors", tiny / "config.json"):
+        for asked in (load, fetch_config):
+            assert f"{path}: neither a folder" in (message := refusal(asked, str(path)))
+            assert "it is a file: give the folder that it lies in" in message
+
+
+def test_no_name_is_not_the_current_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """`--model "$MODEL"`, where no such variable is set."""
+    monkeypatch.chdir(tiny)
+    assert load(".", device="cpu").folder == Path(".")
+    for asked in (load, fetch_config):
+        assert "its name is empty" in refusal(asked, "")
 
 
 class RepositoryNotFoundError(OSError):
@@ -499,11 +561,66 @@ def test_ids_past_the_embedding_that_text_may_give_are_refused(tmp_path: Path):
     assert "tokenizer.json: 259 ids, more than config.json's vocab_size 200" in message
 
 
-def test_only_a_sentencepiece_file(tmp_path: Path):
-    folder = make_folder(tmp_path, TINY, make_tensors(TINY))
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    message = refusal(load, folder, device="cpu")
-    assert "tokenizer.json is missing: there is only tokenizer.model" in message
+IN_PLACE_OF = {  # by the missing file: others, and what the one line says of them
+    "config.json": {
+        "adapter_config.json": "merge it into the one that it was made for",
+        "snapshots/0123/config.json": "that folder is the model's",
+        "checkpoint-500/config.json": "such a folder is a model's",
+        "model-Q4_K_M.gguf": "a copy of the model in safetensors",
+        "params.json": "a copy of the model in safetensors",
+    },
+    "model.safetensors": {
+        "pytorch_model.bin": "convert it to safetensors, nothing is unpickled here",
+        "pytorch_model-00001-of-00002.bin": "convert it to safetensors, nothing is unpickled here",
+        "consolidated.00.pth": "a copy of the model in safetensors",
+        "model-Q4_K_M.gguf": "a copy of the model in safetensors",
+        "adapter_model.safetensors": "merge it into the one that it was made for",
+        "consolidated.safetensors": "a copy of the model in safetensors",
+        "model-00001-of-00001.safetensors": "model.safetensors.index.json, which names such parts, is missing",
+        "model.fp16.safetensors": "call it model.safetensors",
+        "gptq_model-4bit-128g.safetensors": "call it model.safetensors",
+    },
+    "tokenizer.json": {
+        name: "transformers can convert it" for name in ("tokenizer.model", "vocab.json", "tekken.json")
+    },
+}
+ALL_IN_PLACE = [(missing, other) for missing, others in IN_PLACE_OF.items() for other in others]
+
+
+@pytest.mark.parametrize(("missing", "other"), ALL_IN_PLACE, ids=str)
+def test_what_lies_in_the_place_of_a_file(tiny: Path, missing: str, other: str):
+    (tiny / other).parent.mkdir(parents=True, exist_ok=True)
+    (tiny / missing).rename(tiny / other)
+    message = refusal(load, tiny, device="cpu")
+    assert message.startswith(f"{tiny / missing} is missing: there is only {other}: ")
+    assert IN_PLACE_OF[missing][other] in message
+
+
+def test_several_that_lie_there(tiny: Path):
+    for steps in (500, 1000, 1500):
+        (tiny / f"checkpoint-{steps}").mkdir()
+        shutil.copy(tiny / "config.json", tiny / f"checkpoint-{steps}")
+    (tiny / "config.json").unlink()
+    assert "there is only checkpoint-1000/config.json and 2 more: " in refusal(load, tiny, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                  "generation_config.json", "added_tokens.json", "chat_template.jinja",
+                                  "model.safetensors.index.json"])  # fmt: skip
+def test_a_link_that_leads_nowhere_is_not_nothing(tiny: Path, name: str):
+    """As in a snapshot of the hub's cache that was copied without the files that it links to."""
+    (tiny / name).unlink(missing_ok=True)
+    if name == "model.safetensors.index.json":
+        (tiny / "model.safetensors").unlink()
+    (tiny / name).symlink_to("../../blobs/0123")
+    message = refusal(load, tiny, device="cpu")
+    assert f"{tiny / name}" in message
+    assert "it is a link that leads nowhere" in message
+
+
+def test_words_that_a_link_does_not_lead_to(tiny: Path):
+    (tiny / "prompts.json").symlink_to("../../blobs/0123")
+    assert "prompts.json cannot be read: it is a link that leads nowhere" in refusal(prompts_of, tiny)
 
 
 # ---- the context
@@ -545,6 +662,7 @@ def test_the_option_reaches_the_run(tmp_path: Path):
         (RepositoryNotFoundError(), "no such repository, or a private one: then log in"),
         (LocalEntryNotFoundError("no"), "the hub cannot be reached"),
         (OfflineModeIsEnabled("no"), "the hub is not asked (HF_HUB_OFFLINE)"),
+        (EntryNotFoundError("no"), "the repository has no config.json"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -422,8 +422,7 @@ def test_a_packed_checkpoint_that_claims_to_be_plain(tmp_path, kind, name, quant
     made = pack(DENSE, kind, 32)
     made.config = without(made.config, "quantization_config")
     message = refusal(loaded, tmp_path, made, quantize=quantize)
-    assert message.startswith("model.safetensors: model.layers.0.mlp.down_proj." + name)
-    assert "packed, but config.json has no quantization_config" in message
+    assert f"model.layers.0.mlp.down_proj.{name} is packed, and no quantization_config in config.json" in message
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq", "symmetric"])
@@ -449,6 +448,35 @@ def test_a_packed_head_of_a_tied_model(tmp_path):
     assert message.startswith(
         "model.safetensors: lm_head.qweight: packed, a head of its own, but config.json's tie_word"
     )
+
+
+AUTO_GPTQ = {"bits": 4, "group_size": 32, "damp_percent": 0.1, "desc_act": False, "sym": True, "model_name": None}
+AUTO_AWQ = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+IN_A_FILE = {  # by the format: the file that older writers have, and what stands in it
+    "gptq": [("quantize_config.json", AUTO_GPTQ), ("quantize_config.json", AUTO_GPTQ | {"quant_method": "gptq"})],
+    "awq": [
+        ("quant_config.json", AUTO_AWQ),
+        ("quantize_config.json", {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "n"), [("gptq", 0), ("gptq", 1), ("awq", 0), ("awq", 1)])
+def test_a_format_in_a_file_of_its_own(tmp_path, kind, n):
+    """As AutoGPTQ and AutoAWQ wrote it before transformers read their formats."""
+    name, given = IN_A_FILE[kind][n]
+    made = pack(DENSE, kind, 32)
+    wrong = quantization_config(kind, 64)
+    made.config = without(made.config, "quantization_config")
+    write_json(tmp_path / name, given)
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
+    write_json(tmp_path / name, given | ({"w_bit": 3} if "w_bit" in given else {"bits": 3}))
+    assert refusal(loaded, tmp_path, made).startswith(f"{tmp_path / name}: bits 3 is not supported")
+    write_json(tmp_path / name, given | {"quant_method": "hqq"})
+    assert "quant_method 'hqq' is not supported" in refusal(loaded, tmp_path, made)
+    write_json(tmp_path / name, wrong)  # where config.json says it too, that counts
+    made.config["quantization_config"] = quantization_config(kind, 32)
+    assert_means(loaded(tmp_path, made), made.meant, DENSE)
 
 
 # ---- rounding

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from minihogwild import Cache, Model, forward, load
+from minihogwild.hub import checkpoint
 from minihogwild.rope import attention_factor, inverse_frequencies
 
 LENGTH = 2000
@@ -297,6 +298,18 @@ def test_a_trained_length_beside_the_rope_parameters_means_what_it_means_to_tran
     ours = load(tmp_path, device="cpu").config
     frequencies = inverse_frequencies(ours.rope, ours.head_dim)
     torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=4e-7, atol=0)
+
+
+def test_experts_in_one_tensor_are_the_same_model(tmp_path):
+    """As transformers writes them where it is not asked for the format that they came in."""
+    theirs = random_model(CASES["qwen3_moe"], seed=0)
+    for name, how in {"usual": {}, "in one": {"save_original_format": False}}.items():
+        save(theirs, tmp_path / name, **how)
+    usual, in_one = (load(tmp_path / name, device="cpu") for name in ("usual", "in one"))
+    names = checkpoint.open_file(tmp_path / "in one" / "model.safetensors")
+    assert any(tensor.name.endswith("mlp.experts.gate_up_proj") for tensor in names)
+    ids = torch.arange(LENGTH) % SIZES["vocab_size"]
+    assert torch.equal(our_logits(in_one, ids), our_logits(usual, ids))
 
 
 def test_sharded_checkpoint_is_the_same_model(pair, tmp_path):

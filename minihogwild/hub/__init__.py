@@ -1,6 +1,7 @@
 """A model folder, or a hub repository, in; a `Model` out. What lies in the folder is checked, and never executed.
 
 loading.py          `load`: the way through all of this
+folder.py           which files must be there, and what lies there in their place
 config_json.py      config.json and generation_config.json
 checkpoint.py       safetensors files, by one table of names
 quantized.py        matrices in fewer bits: rounded here, or packed in the checkpoint

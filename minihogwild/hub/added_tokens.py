@@ -11,7 +11,6 @@ import tokenizers
 from ..errors import refusing, require
 from ..files import read_json_if_there
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Lists of further special tokens: the older name, and the newer
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 DECODER = "added_tokens_decoder"
@@ -42,7 +41,7 @@ def read_added_tokens(folder: Path, data: dict) -> tuple[list[dict], dict[str, s
         require(one == other, f"{folder}: {content!r} is token {one} in one file, {other} in another")
         tokens[content] = known | token
     names = special_tokens_in(settings)
-    for content in [names[name] for name in NAMED if name in names] + further_special_tokens(settings):
+    for content in [*names.values(), *further_special_tokens(settings)]:
         # The id of one that is not listed is not known yet: it may stand in the vocabulary
         tokens.setdefault(content, PLAIN | {"content": content, "id": None, "normalized": False})["special"] = True
     return list(tokens.values()), names
@@ -50,12 +49,12 @@ def read_added_tokens(folder: Path, data: dict) -> tuple[list[dict], dict[str, s
 
 def special_tokens_in(settings: dict) -> dict[str, str]:
     """Those that a file names: each as its text, or as an object with the text as `content`."""
-    special_tokens = {}
-    for name, value in settings.items():
-        text = text_of(value)
-        if name.endswith("_token") and text:
-            special_tokens[name] = text
-    return special_tokens
+    named = {name: value for name, value in settings.items() if name.endswith("_token")}
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, dict):  # by names of their own; else it is a list
+        named |= extra
+    texts = {name: text_of(value) for name, value in named.items()}
+    return {name: text for name, text in texts.items() if text}
 
 
 def further_special_tokens(settings: dict) -> list[str]:

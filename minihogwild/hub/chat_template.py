@@ -4,8 +4,10 @@ They may loop for ever, or ask for all the memory there is: so they get ten seco
 """
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import InputError, refusing, require
@@ -47,15 +49,25 @@ def render_chat(template: str, special_tokens: dict[str, str], prompts: list[str
 
 def read_chat_template(folder: Path) -> str | None:
     """The chat template, as the folder gives it; None where it has none."""
-    own_file = folder / "chat_template.jinja"
-    if own_file.exists():
+    several = folder / "additional_chat_templates"
+    files = {path.stem: path for path in several.glob("*.jinja")}
+    if os.path.lexists(folder / "chat_template.jinja"):
+        files.setdefault("default", folder / "chat_template.jinja")
+    if files:
+        with refusing(several):
+            require_default(files)
+        own_file = files["default"]
         with refusing(f"{own_file} cannot be read"):
             require_file(own_file)
             return own_file.read_text("utf-8")
-    path = folder / "tokenizer_config.json"
-    settings = read_json_if_there(path)
-    with refusing(f"{path}: chat_template"):
-        return default_template(settings.get("chat_template"))
+    # Last the file of a model that sees: its language part, taken out, has the template nowhere else
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = folder / name
+        with refusing(f"{path}: chat_template"):
+            template = default_template(read_json_if_there(path).get("chat_template"))
+        if template is not None:
+            return template
+    return None
 
 
 def default_template(value: object) -> str | None:
@@ -64,7 +76,11 @@ def default_template(value: object) -> str | None:
         return value
     with refusing("it is neither a text nor texts by name"):
         by_name = value if isinstance(value, dict) else {entry["name"]: entry["template"] for entry in value}
-        names = ", ".join(sorted(by_name))
-    require("default" in by_name, f"of several ({names}), none is called default")
+        require_default(by_name)
     require(isinstance(by_name["default"], str), f"the default one must be a text, not {by_name['default']!r}")
     return by_name["default"]
+
+
+def require_default(by_name: Collection[str]) -> None:
+    names = ", ".join(sorted(by_name))
+    require("default" in by_name, f"of several ({names}), none is called default")

@@ -4,8 +4,11 @@ Each file is opened once, and each tensor is copied straight to its place: a mat
 checkpoint, one below the other. How it holds them (as they are, or in fewer bits) is the business of quantized.py.
 """
 
+import math
+import os
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +20,18 @@ from ..errors import InputError, allocating, refusing, require
 from ..files import read_json, require_file
 from ..packed import FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
+from .folder import require_there
 from .progress import Bar
 from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EACH_HAS = "layers.0.input_layernorm.weight"  # every checkpoint, packed or not, and once
+MOST_EXPERTS = 2**16  # of a layer: far from every model, but a file may claim any number
+# What PyTorch puts into the names of a model that it has compiled, or shared out for its training
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+# Tensors that packed checkpoints have, by the formats of AWQ and GPTQ, compressed-tensors, FP8 and bitsandbytes
+PACKED_ENDS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax")
 LFS_POINTER = b"version https://git-lfs"  # what such a file begins with
 
 
@@ -171,9 +181,12 @@ class Stored:
     file: safe_open  # that path, opened
     dtype: str  # safetensors' name
     shape: list[int]
+    part: tuple | None = None  # the indices of it, where it lies in a larger one of that name
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        if self.part is None:
+            return self.file.get_tensor(self.name)
+        return self.file.get_slice(self.name)[self.part]
 
 
 def load_weights(
@@ -191,20 +204,23 @@ def load_weights(
     by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
     """
     stored = find_tensors(folder)
-    # Llama 2's saved rotary frequencies are no parameters; nor is the head that a tied model shares with its embedding.
-    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+    # Saved rotations are no parameters; nor is the head that a tied model shares with its embedding.
+    stored = {name: tensor for name, tensor in stored.items() if ".rotary_emb." not in name}
     shared_head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
     if shared_head is not None and EMBEDDING not in stored:  # of two names for one tensor, some writers keep this one
         stored[EMBEDDING] = shared_head
         shared_head = None
     storage = storage_of(format, quantize, {name: tensor.dtype for name, tensor in stored.items()})
 
+    require_merged(stored)
+    if format is None:
+        require_unpacked(stored)
     zero_biases = find_zero_biases(stored) if isinstance(storage, Packed) else set()
     extras = extras_in(stored.keys() - zero_biases)
     require_most_layers(config, stored)
     planned, expected = empty_weights(config, dtype, "meta", extras, storage)
     stored = {name: tensor for name, tensor in stored.items() if name in expected or name not in zero_biases}
-    require_packed_where_it_may_be(config, format, expected, stored)
+    require_packed_where_it_may_be(config, expected, stored)
     require_the_same_tensors(expected, stored)
     for name, place in expected.items():
         if isinstance(place, Checked):
@@ -243,22 +259,68 @@ def fill(place: Place, tensor: Stored) -> None:
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder's safetensors files, by name."""
+    """All tensors of a folder's safetensors files, by the names that `empty_weights` has for them."""
+    tensors = [tensor for path in safetensors_files(folder) for tensor in open_file(path)]
+    start = start_of_names({WRAPPERS.sub("", tensor.name) for tensor in tensors})
     stored: dict[str, Stored] = {}
-    for path in safetensors_files(folder):
-        for tensor in open_file(path):
-            if tensor.name in stored:
-                other = stored[tensor.name].path
-                raise InputError(f"{path.name}: tensor {tensor.name} stands in {other.name} too")
-            stored[tensor.name] = tensor
+    for whole in tensors:
+        for name, tensor in experts_in(usual_name(whole.name, start), whole).items():
+            if name in stored:
+                other = stored[name].path
+                raise InputError(f"{tensor.path.name}: tensor {name} stands in {other.name} too")
+            stored[name] = tensor
     return stored
+
+
+def start_of_names(names: Collection[str]) -> str:
+    """What stands before `layers` in the names: `model.` as a rule, and where that is not clear.
+
+    It is nothing where a model was saved without its head, `language_model.model.` in one that sees images as well.
+    """
+    starts = [name.removesuffix(EACH_HAS) for name in names if name.endswith(EACH_HAS)]
+    return starts[0] if len(starts) == 1 else "model."
+
+
+def usual_name(name: str, start: str) -> str:
+    name = WRAPPERS.sub("", name)
+    part = name.removeprefix(start)
+    if name.startswith(start) and part.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb.")):
+        return "model." + part
+    # What stands beside `model`, the head, begins with what stands before it.
+    outer = start.removesuffix("model.") if f".{start}".endswith(".model.") else ""
+    return name.removeprefix(outer)
+
+
+def experts_in(name: str, tensor: Stored) -> dict[str, Stored]:
+    """Each expert's tensors, by name, where this one holds all of a layer's: so transformers may save them.
+
+    Any other tensor as it is.
+    """
+    start, mark, what = name.rpartition(".mlp.experts.")
+    has_the_name = mark and what in ("gate_up_proj", "down_proj")
+    has_the_shape = len(tensor.shape) == 3 and math.prod(tensor.shape) > 0 and tensor.shape[0] <= MOST_EXPERTS
+    if not (has_the_name and has_the_shape):
+        return {name: tensor}
+    X, N, E = tensor.shape
+    rows = {"down_proj": slice(0, N)}
+    if what == "gate_up_proj":
+        rows = {"gate_proj": slice(0, N // 2), "up_proj": slice(N // 2, N)}
+    parts = {}
+    for expert in range(X):
+        for part, its_rows in rows.items():
+            shape = [its_rows.stop - its_rows.start, E]
+            expert_name = f"{start}{mark}{expert}.{part}.weight"
+            parts[expert_name] = replace(tensor, shape=shape, part=(expert, its_rows))
+    return parts
 
 
 def open_file(path: Path) -> list[Stored]:
     """The tensors of one safetensors file, of which its header alone has been read."""
     tensors = []
+    require_there(path)
     with refusing(f"{path} cannot be read"):
-        require_weights(path)
+        require_file(path)
+        require_no_pointer(path)
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)
@@ -266,14 +328,8 @@ def open_file(path: Path) -> list[Stored]:
     return tensors
 
 
-def require_weights(path: Path) -> None:
-    """Raise InputError where something else lies in a file's place that is often found there."""
-    if not path.exists():
-        pickled = sorted(other.name for other in path.parent.glob("pytorch_model*.bin"))
-        names = ", ".join(pickled)
-        require(not pickled, f"there is only {names}: convert it to safetensors, nothing is unpickled here")
-        return  # whoever opens it says that it is missing
-    require_file(path)
+def require_no_pointer(path: Path) -> None:
+    """Raise InputError for what a repository has in a file's place that was cloned without Git LFS."""
     with path.open("rb") as file:
         is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     require(not is_pointer, "it is a pointer of Git LFS, not the weights: fetch those by `git lfs pull`")
@@ -288,6 +344,20 @@ def stored_dtype(folder: Path) -> str | None:
     return name_of_dtype(FLOATS[embedding.dtype])
 
 
+def require_merged(stored: dict[str, Stored]) -> None:
+    for name, tensor in sorted(stored.items()):
+        is_adapters = ".lora_" in name or ".base_layer." in name
+        advice = "save the model after merging it"
+        require(not is_adapters, f"{tensor.path.name}: {name} belongs to an adapter that is not merged: {advice}")
+
+
+def require_unpacked(stored: dict[str, Stored]) -> None:
+    for name, tensor in sorted(stored.items()):
+        is_packed = name.endswith(PACKED_ENDS)
+        lacks = "no quantization_config in config.json says how"
+        require(not is_packed, f"{tensor.path.name}: {name} is packed, and {lacks}")
+
+
 def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
     """A few numbers in config.json can claim any number of tensors: a checkpoint so incomplete is not gone through."""
     sparse_layers = sum(kind.experts for kind in config.layer_kinds)
@@ -298,13 +368,11 @@ def require_most_layers(config: Config, stored: dict[str, Stored]) -> None:
 
 def find_zero_biases(stored: dict[str, Stored]) -> set[str]:
     """Some writers of GPTQ give every module a bias, of zeros where the model has none: zeros change nothing."""
-    biases = [tensor for tensor in stored.values() if tensor.name.endswith(".bias") and tensor.dtype in FLOATS]
-    return {tensor.name for tensor in biases if not tensor.read().any()}
+    biases = {name for name, tensor in stored.items() if name.endswith(".bias") and tensor.dtype in FLOATS}
+    return {name for name in biases if not stored[name].read().any()}
 
 
-def require_packed_where_it_may_be(
-    config: Config, format: Format | None, expected: dict[str, Place], stored: dict[str, Stored]
-) -> None:
+def require_packed_where_it_may_be(config: Config, expected: dict[str, Place], stored: dict[str, Stored]) -> None:
     """Raise InputError, with the cause, for a packed module that nobody expects to be packed."""
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
@@ -312,8 +380,6 @@ def require_packed_where_it_may_be(
         if part not in PACKED or name in expected or plain in stored:
             continue
         what = f"{tensor.path.name}: {name}: packed"
-        elsewhere = "some folders have it in quantize_config.json"
-        require(format is not None, f"{what}, but config.json has no quantization_config ({elsewhere})")
         has_two_heads = plain == HEAD and config.tie_word_embeddings
         require(not has_two_heads, f"{what}, a head of its own, but config.json's tie_word_embeddings is true")
         require(plain not in expected, f"{what}, which this module must not be: use a copy that leaves it as it is")
@@ -325,8 +391,8 @@ def require_the_same_tensors(expected: dict[str, Place], stored: dict[str, Store
     unknown = stored.keys() - expected.keys()
     require(not unknown, f"the checkpoint has tensors that this architecture does not know: {name_some(unknown)}")
     for name, tensor in stored.items():
-        right = list(expected[name].shape)
-        require(tensor.shape == right, f"{tensor.path.name}: {name} has shape {tensor.shape}, not {right}")
+        found, right = tensor.shape, list(expected[name].shape)
+        require(found == right, f"{tensor.path.name}: {name} has shape {found}, not {right} as by config.json")
         dtypes = getattr(expected[name], "dtypes", FLOATS)  # a plain tensor takes any numbers with a fraction
         one_of = ", ".join(dtypes)
         require(tensor.dtype in dtypes, f"{tensor.path.name}: {name} is {tensor.dtype}, none of {one_of}")
@@ -346,7 +412,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
+    if os.path.lexists(whole) or not os.path.lexists(index):
         return [whole]
     with refusing(index):
         file_of_tensor = read_json(index).get("weight_map", {})

@@ -223,6 +223,8 @@ def parse_config(settings: dict, longest_view: int | None = None) -> Config:
     require(name in FAMILIES, f"model_type {name!r} is not supported ({', '.join(FAMILIES)} are)")
     family = FAMILIES[name]
     require_only_values(given)
+    packed_by_mlx = "quantization" in given
+    require(not packed_by_mlx, "quantization is MLX's own form, which is not supported: take another copy of the model")
     warn_of_unknown_settings(given)
     missing = [key for key in NEEDED if key not in given]
     require(not missing, f"no {', '.join(missing)}")
@@ -429,24 +431,24 @@ HARMLESS = [
 NEUTRAL_VALUES = (False, True, 0, 1, [], {})
 
 
-@refusing("generation_config.json")
 def read_generation_defaults(folder: Path, config: dict) -> tuple[Sampling, frozenset[int]]:
     """(default sampling, end-of-sequence ids), warning once of keys that ask for what we lack.
 
     `config` is config.json, which gives the ids where generation_config.json is silent.
     """
-    path = folder / "generation_config.json"
-    given = without_nulls(read_json_if_there(path))
-    warn_of_what_is_lacking(given)
-    sampling = Sampling()  # greedy
-    if given.get("do_sample"):
-        chosen = {key: given[key] for key in SAMPLING_KEYS if key in given}
-        if chosen.get("top_k") == -1:
-            chosen["top_k"] = 0
-        sampling = Sampling(**{"temperature": 1.0, **chosen})
-    eos_of_config = config.get("eos_token_id")
-    eos = given.get("eos_token_id", eos_of_config)
-    return sampling, parse_eos(eos)
+    with refusing("generation_config.json"):
+        given = without_nulls(read_json_if_there(folder / "generation_config.json"))
+        warn_of_what_is_lacking(given)
+        sampling = Sampling()  # greedy
+        if given.get("do_sample"):
+            chosen = {key: given[key] for key in SAMPLING_KEYS if key in given}
+            if chosen.get("top_k") == -1:
+                chosen["top_k"] = 0
+            sampling = Sampling(**{"temperature": 1.0, **chosen})
+        if "eos_token_id" in given:
+            return sampling, parse_eos(given["eos_token_id"])
+    with refusing("config.json"):
+        return sampling, parse_eos(config.get("eos_token_id"))
 
 
 def warn_of_what_is_lacking(given: dict) -> None:
@@ -469,6 +471,6 @@ def parse_eos(eos: object) -> frozenset[int]:
     if eos is None:
         return frozenset()
     ids = eos if isinstance(eos, list) else [eos]
-    all_are_ids = all(isinstance(token, int) for token in ids)
+    all_are_ids = all(type(token) is int for token in ids)  # not isinstance: true is no id
     require(all_are_ids, f"eos_token_id {ids} is neither an id nor a list of ids")
     return frozenset(ids)

@@ -1,5 +1,6 @@
 """`load`: from the name of a model to the model."""
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +10,25 @@ import torch
 
 from ..config import Config
 from ..errors import InputError, refusing, require
-from ..files import read_json
+from ..files import read_json, read_json_if_there
 from ..sampling import Sampling
-from ..weights import Weights
+from ..weights import Weights, name_of_dtype
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
+from .folder import require_there
 from .progress import Bar, close_bars
-from .quantized import format_of
+from .quantized import Format, awq_format, format_of, gptq_format
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger("minihogwild")
 
 # What is fetched from a hub repository
 FILES = [
     "config.json",
+    "adapter_config.json",  # not applied: so that it can be told
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
@@ -29,6 +36,8 @@ FILES = [
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
     "prompts.json",
 ]
 DTYPES = {
@@ -49,7 +58,7 @@ class Model:
     weights: Weights
     tokenizer: Tokenizer | None  # None: loaded without one
     sampling: Sampling  # generation_config.json's
-    eos: frozenset[int]  # end-of-sequence ids
+    eos: frozenset[int]  # end-of-sequence ids: generation_config.json's or config.json's, and the tokenizer's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,17 +90,39 @@ def load(
     device = choose_device(device)
     if folder is None:
         folder = fetch(str(name))
-    settings = read_json(folder / "config.json")
+    settings = read_config(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        logger.warning("adapter_config.json: the adapter is not applied")
     config = parse_config(settings, context)
-    format = format_of(settings)
+    format = format_of(settings) or format_beside(folder)
     if dtype == "auto":
         has_fewer_bits = format is not None or quantize is not None
         dtype = dtype_of(settings, folder, has_fewer_bits and device.type == "cpu")
     dtype = choose_dtype(dtype)
     tokenizer = read_tokenizer(folder, config) if with_tokenizer else None
     sampling, eos = read_generation_defaults(folder, settings)
+    if tokenizer is not None:
+        eos |= tokenizer.eos  # a fine-tuned model's may stand there alone: the other files are those of its base
     weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
     return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
+
+
+# Files in which older writers say what `quantization_config` in config.json says now, and their names for its keys
+OLDER_FORMATS = ("quantize_config.json", "quant_config.json")
+OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def format_beside(folder: Path) -> Format | None:
+    """A packed checkpoint's format, as AutoGPTQ and AutoAWQ wrote it beside config.json; None where they have not."""
+    for name in OLDER_FORMATS:
+        with refusing(folder / name):
+            found = read_json_if_there(folder / name)
+            given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
+            method = given.get("quant_method", "awq" if "zero_point" in given else "gptq")
+            require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
+            if given:
+                return awq_format(given) if method == "awq" else gptq_format(given)
+    return None
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -134,17 +165,19 @@ def dtype_of(settings: dict, folder: Path | None, few_bits_on_cpu: bool = False)
 
 def dtype_in(settings: dict) -> str | None:
     for key in ("dtype", "torch_dtype"):  # as transformers writes it today, and as it did
-        if settings.get(key):
-            return settings[key]
+        name = settings.get(key)
+        if name and name != "auto":
+            dtype = getattr(torch, name.removeprefix("torch."), None)  # PyTorch has short names too, such as half
+            supported = dtype in DTYPES.values()
+            require(supported, f"config.json: {key} {name!r} is not supported: use --dtype with {', '.join(DTYPES)}")
+            return name_of_dtype(dtype)
     return None
 
 
 def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The folder's tokenizer. It may know a few ids past the embedding, such as a [PAD] that nobody feeds."""
     path = folder / "tokenizer.json"
-    other = folder / "tokenizer.model"
-    only_other = other.exists() and not path.exists()
-    require(not only_other, f"{path} is missing: there is only tokenizer.model, which transformers can convert")
+    require_there(path)
     tokenizer = Tokenizer(folder)
     V = config.vocab_size
     require(tokenizer.last_of_model < V, f"{path}: {tokenizer.size} ids, more than config.json's vocab_size {V}")
@@ -155,29 +188,42 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 def fetch_config(name: str) -> dict:
     """config.json of the local folder or hub repository of that name, without anything else of it."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
-        folder = Path(name).expanduser()
-        path = folder / "config.json"
-        if not folder.is_dir():
-            path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        folder = local_folder(name)
+        path = folder / "config.json" if folder else Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    return read_config(path)
+
+
+def read_config(path: Path) -> dict:
+    require_there(path)
     return read_json(path)
 
 
 def fetch(name: str) -> Path:
     """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
+        folder = local_folder(name)
+        if folder is None:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
     close_bars()
     return folder
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of that name here; None where there is none, and the hub is to be asked."""
+    require(name, "its name is empty")
+    path = Path(name).expanduser()
+    require(not path.is_file(), "it is a file: give the folder that it lies in")
+    return path if path.is_dir() else None
 
 
 # What can be done about the usual failures, by the names of the hub's exceptions (to import them takes a while)
 REASONS = {
     "GatedRepoError": "it is gated, its owners ask for consent: give it on its page, and log in by `hf auth login`",
     "RepositoryNotFoundError": "no such repository, or a private one: then log in by `hf auth login`",
+    "HFValidationError": "no such folder is here; and on the hub, names are as Qwen/QwQ-32B, with nothing around them",
     "LocalEntryNotFoundError": "the hub cannot be reached, and nothing of it is kept here",
     "OfflineModeIsEnabled": "the hub is not asked (HF_HUB_OFFLINE), and nothing of it is kept here",
+    "EntryNotFoundError": "the repository has no config.json",
 }
 
 

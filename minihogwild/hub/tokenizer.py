@@ -67,7 +67,8 @@ class Tokenizer:
 
     @staticmethod
     def _build(data: dict, added: list[dict]) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
+        with refusing(f"tokenizers {tokenizers.__version__} cannot, which a newer version may"):
+            return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
 
     def encode(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a fragment of text, or of a `whole`, with what the tokenizer puts around that.
@@ -152,6 +153,12 @@ class Tokenizer:
     def texts(self) -> list[str]:
         """What each token reads as by itself, by its id."""
         return [self.decode([token]) for token in range(self.size)]
+
+    @property
+    def eos(self) -> set[int]:
+        """The id of the token that it names as end-of-sequence, if any."""
+        text = self.special_tokens.get("eos_token")
+        return {self.added[text]} if text in self.added else set()
 
     @cached_property
     def longest(self) -> int:
