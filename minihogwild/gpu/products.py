@@ -121,8 +121,8 @@ def _linear(
     part = tl.program_id(1)
     if expert_of_group is None:
         LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # numbers of a cache line
-        e = tl.minimum(part * LENGTH + tl.arange(0, 8) * LINE, E - 1)
-        prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * E + e)
+        first = tl.minimum(part * LENGTH + tl.arange(0, 8) * LINE, E - 1)
+        prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * E + first)
     wait_for_predecessor()
     expert, target, source = rows_of_group(expert_of_group, pair_of_group, SHARING, T, COLUMNS)
     matrix = tl.full([], tl.maximum(expert, 0), tl.int64)

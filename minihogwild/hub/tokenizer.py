@@ -57,7 +57,7 @@ class Tokenizer:
         self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
         model_ids = self.reads_text.get_vocab(with_added_tokens=False).values()
         self.last_of_model = max(model_ids, default=-1)  # the last id that is not an added token's
-        self.rendered: dict[str, list[str]] = {}  # by prompt: see `render_ahead`
+        self.rendered: dict[str, list[str]] = {}  # by prompt: kept, since each takes a process
 
         # A mark stands in no text: see `chat`. Where ids are missing, the library would give it one of those.
         self.mark = secrets.token_hex(16)
@@ -89,7 +89,9 @@ class Tokenizer:
         """
         if self.template is None:
             return self.encode(prompt, whole=True)
-        text, *neutral_texts = self.rendered.get(prompt) or self._render([prompt])
+        if prompt not in self.rendered:
+            self.rendered[prompt] = self._render([prompt])
+        text, *neutral_texts = self.rendered[prompt]
         ids = encode_with(self.reads_control, text)
         control = self._control_ids_in(ids)
         same = any(control == self._control_ids_in(encode_with(self.reads_control, other)) for other in neutral_texts)
@@ -100,7 +102,8 @@ class Tokenizer:
         """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
         if self.template is not None:
             texts = self._render(prompts)
-            self.rendered = {prompt: texts[VARIANTS * n : VARIANTS * (n + 1)] for n, prompt in enumerate(prompts)}
+            for n, prompt in enumerate(prompts):
+                self.rendered[prompt] = texts[VARIANTS * n : VARIANTS * (n + 1)]
 
     def _render(self, prompts: list[str]) -> list[str]:
         """For each prompt its conversation, and two in which no part of it can become part of a control token.
