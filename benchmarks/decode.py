@@ -80,13 +80,13 @@ STORAGES = {
 def main() -> None:
     options = arguments().parse_args()
     torch.manual_seed(0)
+    device = torch.device(options.device)
+    speed = copy_speed(device)  # before there is a model: its copies are large
     config, weights = load_or_invent(options)
-    device = weights.embed.device
     dtype = weights.embed.dtype
     machine = {"device": name_of(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(*(f"{key} {value}" for key, value in machine.items()), sep=" · ")
 
-    speed = copy_speed(device)
     token_bytes = bytes_of_token(config, dtype)
     print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}, {options.weights}")
     print(f"copy speed {speed / 1e9:.0f} GB/s; the model has {weights.nbytes / 1e9:.3f} GB, ", end="")

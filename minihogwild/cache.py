@@ -289,7 +289,7 @@ class Cache:
             return
         pool = len(self.page_owner)
         try:
-            self._resize_pool(pool + max(missing, spare_pages(pool)))
+            self._resize_pool(pool + missing + spare_pages(pool + missing))
         except InputError:
             self._resize_pool(pool + missing)
 
@@ -323,11 +323,11 @@ class Cache:
 
 
 def spare_pages(pool: int) -> int:
-    """How many more a full pool gets at once: a small one as many as it has, a large one an eighth.
+    """How many pages more than it needs a pool gets when it grows.
 
     So growth copies each token a few times at the most, and little memory lies idle.
     """
-    return min(pool, max(16, pool // 8))
+    return max(16, pool // 8)
 
 
 def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str]) -> None:

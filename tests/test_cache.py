@@ -232,6 +232,7 @@ def test_a_step_that_fails_for_memory_says_what_was_asked(machine):
 
 def test_a_pool_that_cannot_have_spare_pages_grows_by_what_is_missing(machine):
     cache = Cache(SHAPE, ["a", "b"], torch.float32)
+    machine.available = bytes_of(100 * PAGE)
     cache.extend([["a"]], [100 * PAGE])
     machine.available = bytes_of(100 * PAGE) // L + bytes_of(PAGE)  # a layer's old pool is there beside its new one
     for n in range(1, 4):
@@ -249,7 +250,7 @@ def test_a_step_that_finds_no_memory_leaves_the_lengths_as_they_were(machine):
     before = {**cache.lengths}, [*cache.free]
     machine.available = 1000
     with pytest.raises(InputError, match="out of memory"):
-        cache.extend([["b"], ["b", "c"]], [PAGE, 5 * PAGE])
+        cache.extend([["b"], ["b", "c"]], [PAGE, 50 * PAGE])
     assert ({**cache.lengths}, cache.free) == before
     cache.extend([["b"], ["b", "c"]], [PAGE, PAGE])  # for which there is room
 
@@ -318,6 +319,6 @@ def test_whoever_points_into_the_pool_learns_of_new_tensors_also_where_a_resize_
 
     monkeypatch.setattr(torch.Tensor, "new_zeros", no_room_for_a_second_layer)
     with pytest.raises(InputError, match="out of memory"):
-        cache.extend([["a"]], [1])
+        cache.extend([["a"]], [len(cache.free) * PAGE + 1])
     assert cache.layers[0].keys is not first_layers_keys
     assert cache.pool_version != version

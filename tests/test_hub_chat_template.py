@@ -405,9 +405,18 @@ def test_a_template_that_fails_is_refused_in_one_line(case: str):
     assert culprit in message
 
 
+def test_a_conversation_is_rendered_once(monkeypatch):
+    ours, _ = pair("smollm", SMOLLM)
+    first = ours.chat("hello")
+    monkeypatch.setattr(tokenizer_module, "render_chat", None)  # it would be called for another prompt alone
+    assert ours.chat("hello") == first
+    with pytest.raises(TypeError):
+        ours.chat("goodbye")
+
+
 def with_template(tokenizer: Tokenizer, template: object) -> Tokenizer:
     copy = object.__new__(Tokenizer)
-    vars(copy).update(vars(tokenizer), template=template)
+    vars(copy).update(vars(tokenizer), template=template, rendered={})
     return copy
 
 

@@ -1,8 +1,7 @@
 """Kernels one behind the other without a gap ("programmatic dependent launch", from compute capability 9.0 on).
 
 A kernel is started while the one before it still runs, and itself waits until that has ended: so the microsecond or two
-that a start takes costs nothing. In all kernels here `wait_for_predecessor` stands before whatever may have been
-written by others, and before all that is written.
+that a start takes costs nothing. All kernels here begin with `wait_for_predecessor`; none reads or writes before it.
 """
 
 import torch
@@ -19,12 +18,3 @@ def wait_for_predecessor():
     if STARTS_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start now
-
-
-@triton.jit
-def prefetch(at):
-    """Have memory read that nobody writes, weights, while this kernel waits: [...] addresses, a cache line each."""
-    if STARTS_EARLY:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )

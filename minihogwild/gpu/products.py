@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..packed import FourBit, Tiles
 from .experts import Groups
-from .launch import OVERLAPPING, prefetch, wait_for_predecessor
+from .launch import OVERLAPPING, wait_for_predecessor
 
 SHARED_MEMORY = 0  # bytes that one program may have
 if torch.cuda.is_available():
@@ -117,13 +117,9 @@ def _linear(
     LENGTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """64 rows of the weight, columns [part * LENGTH, (part + 1) * LENGTH) of them, times some rows of x."""
+    wait_for_predecessor()
     n = tl.program_id(0) * 64 + tl.arange(0, 64)
     part = tl.program_id(1)
-    if expert_of_group is None:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # numbers of a cache line
-        first = tl.minimum(part * LENGTH + tl.arange(0, 8) * LINE, E - 1)
-        prefetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * E + first)
-    wait_for_predecessor()
     expert, target, source = rows_of_group(expert_of_group, pair_of_group, SHARING, T, COLUMNS)
     matrix = tl.full([], tl.maximum(expert, 0), tl.int64)
     weight_rows = weight + (matrix * N + tl.minimum(n, N - 1))[:, None] * E
@@ -229,12 +225,9 @@ def _linear_in_four_bit(
 
     Of a group, sum((code - zero) * x) is sum(code * x) - zero * sum(x); the second sum is a product with ones.
     """
+    wait_for_predecessor()
     down = tl.program_id(0)
     part = tl.program_id(1)
-    if expert_of_group is None:
-        first_tile = tl.minimum(part * TILES, ACROSS - 1)
-        prefetch(codes + (down.to(tl.int64) * ACROSS + first_tile) * 2048 + tl.arange(0, 32) * 64)
-    wait_for_predecessor()
     row = tl.arange(0, 64)
     n = down * 64 + row
     i = tl.arange(0, 32)
