@@ -110,7 +110,7 @@ class PyTorchBackend:
     def run(self, forward: Callable[..., Tensor], tokens: Tensor, weights, config, cache, plan: Plan) -> Tensor:
         """One forward pass: `model.forward`, with these arguments.
 
-        (The kernels' backend records decode steps, some of them compiled, and plays the recording from then on.)
+        (The kernels' backend records decode steps, and plays the recording from then on.)
         """
         return forward(tokens, weights, config, cache, plan)
 
