@@ -4,7 +4,16 @@ Each name below is imported when it is first asked for. So `import minihogwild` 
 or be interrupted, before PyTorch has been loaded.
 """
 
+import os
+import sys
 from importlib import import_module
+
+# `python -m minihogwild...` looks for every module in the current folder first. That may be a model's, and what lies
+# there is a stranger's: it is not looked into, unless it is the folder that the package itself is in.
+if " -m minihogwild" in " ".join(sys.orig_argv):
+    _package = os.path.dirname(os.path.abspath(__file__))
+    if sys.path and os.path.realpath(sys.path[0]) == os.path.realpath(os.getcwd()) != os.path.dirname(_package):
+        del sys.path[0]
 
 # What the package offers, and the module that it comes from
 _MODULES = {

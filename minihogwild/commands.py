@@ -35,6 +35,14 @@ DUET = Path(__file__).with_name("duet")
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError for wrong options: they are told as everything else that is wrong."""
 
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        for argument in given:
+            option, _, value = argument.partition("=")
+            if value == "--" and option.startswith("--"):  # argparse would make an empty list of it
+                self.error(f"argument {option}: invalid value: '--'")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         raise InputError(message)
 

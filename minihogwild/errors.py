@@ -1,5 +1,6 @@
-"""What can't be done is said in one line that names the culprit: the exception for it, and three ways to raise it."""
+"""What can't be done is said in one line that names the culprit: the exception for it, and four ways to raise it."""
 
+import operator
 import re
 from contextlib import contextmanager
 
@@ -15,6 +16,14 @@ def require(holds: object, otherwise: str) -> None:
     """Raise InputError, with the message `otherwise`, unless `holds`."""
     if not holds:
         raise InputError(otherwise)
+
+
+def whole_number(value: object, what: str) -> int:
+    """The value as an int. Raises InputError for a text, a fraction, a list and the like."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} is {value!r}: it must be a whole number") from None
 
 
 @contextmanager

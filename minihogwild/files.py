@@ -86,8 +86,17 @@ def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file beside, chunk by chunk as they come, then rename it: it is whole, or as it was.
 
-    What is a pipe or a device gets the chunks as they come.
+    What is a pipe or a device gets the chunks as they come. An error names the file.
     """
+    try:
+        write_chunks(path, chunks)
+    except BrokenPipeError:
+        raise  # nobody reads any more: that is no failure
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     if is_stream(path):
         with path.open("ab") as file:
             for chunk in chunks:

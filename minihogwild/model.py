@@ -12,7 +12,7 @@ from .attention import LayerCache, Plan, Positions, positions_of
 from .backend import PyTorchBackend
 from .cache import Cache
 from .config import Config, LayerKind
-from .errors import allocating, require
+from .errors import allocating, refusing, require, whole_number
 from .rope import attention_scale
 from .weights import Layer, Matrix, Weights
 
@@ -98,7 +98,9 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
     Raises InputError for views that contradict each other, ids that the vocabulary lacks, or too little memory. Where
     a step fails, for whatever reason, the cache's blocks are as they were.
     """
-    flat = [token for ids in tokens for token in ids]
+    require(not any(isinstance(view, str) for view in views), f"a view is a list of blocks, not a text: {views!r}")
+    with refusing("a step takes a list of token ids for each worker"):
+        flat = [whole_number(token, "a token") for ids in tokens for token in ids]
     for token in flat:
         require(0 <= token < config.vocab_size, f"token {token} is outside the vocabulary of {config.vocab_size}")
     counts = [len(ids) for ids in tokens]

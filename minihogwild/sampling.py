@@ -23,6 +23,8 @@ class Sampling:
     min_p: float = 0.0  # keep those at least p times as likely as the likeliest (arXiv 2407.01082)
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            require(isinstance(value, (int, float)), f"{name} is {value!r}: it must be a number")
         t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
         require(0 <= t < float("inf"), f"temperature is {t}: it must be 0 (greedy) or more")
         require(k >= 0, f"top_k is {k}: it must be 0 (off) or more")

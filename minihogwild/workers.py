@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .backend import PyTorchBackend, choose_backend
 from .cache import Cache
-from .errors import require
+from .errors import require, whole_number
 from .hub import END_OF_THINK, Model, TextStream, opening_of
 from .layouts import (
     COMMON,
@@ -144,14 +144,20 @@ class Run:
         # but for the end of the context, where finishers need room
         budgets: tuple[int, ...] = (),
     ):
+        workers = whole_number(workers, "workers")
+        max_steps = whole_number(max_steps, "max_steps")
+        seed = whole_number(seed, "seed")
+        require(isinstance(problem, str), f"the problem must be a text, not {problem!r}")
         self.words = prompts_of(model.folder) if prompts is None else prompts
+        require(isinstance(self.words, Prompts), f"prompts must be a Prompts, not {self.words!r}")
         self.sampling = model.sampling if sampling is None else sampling
+        require(isinstance(self.sampling, Sampling), f"sampling must be a Sampling, not {self.sampling!r}")
         self.backend = choose_backend(model.device, model.dtype) if backend is None else backend
         if layout is None:
             layout = "combined" if workers > 1 else "independent"
         most = min(len(self.words.names), MOST_WORKERS)
         require(1 <= workers <= most, f"workers is {workers}: it must be from 1 to {most}")
-        require(layout in LAYOUTS, f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
+        require(layout in [*LAYOUTS], f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
         require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
         require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
         in_order = list(budgets) == sorted(set(budgets)) and all(1 <= budget <= max_steps for budget in budgets)

@@ -792,6 +792,28 @@ def test_workers_may_be_called_like_blocks(command, script, tmp_path):
 MODULE = [sys.executable, "-m", "minihogwild.generate"]
 
 
+def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp_path):
+    """`python -m` looks there first: a folder from a stranger could bring a psutil of its own."""
+    model = Path(shutil.copytree(generate.DUET, tmp_path / "model"))
+    package = generate.DUET.parent
+    for name in ("psutil", "torch", "json", "numpy", "tokenizers", "safetensors", "argparse"):
+        (model / f"{name}.py").write_text("raise SystemExit('a stranger runs')\n")
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    options = ["--model", ".", "--max-steps", "2", "--plain"]
+    done = subprocess.run([*MODULE, *options], cwd=model, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a stranger runs" not in done.stderr
+
+
+OPTIONS_WITH_A_VALUE = ["workers", "temperature", "seed", "max-steps", "top-k", "dtype", "pace", "context", "quantize"]
+
+
+@pytest.mark.parametrize("option", [*OPTIONS_WITH_A_VALUE, "layout", "json", "record", "model", "prompts"])
+def test_two_dashes_are_no_value(option, capsys):
+    assert main([f"--{option}=--"]) == 2
+    assert_one_line(capsys.readouterr().err, "minihogwild", f"--{option}")
+
+
 def script_path() -> str:
     path = shutil.which("minihogwild", path=sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])
     assert path, "the command minihogwild is not installed"

@@ -1,12 +1,17 @@
-"""Running out of memory: one line says what for, and how much."""
+"""Running out of memory, and what is of the wrong type: one line says what for, and how much."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from hub_files import free_memory, refusal
 
+from minihogwild import Cache, InputError, Run, Sampling, load, step
 from minihogwild.errors import allocating
+from minihogwild.files import write_whole
+from minihogwild.generate import DUET
 
 
 def ask(nbytes: float, device: str, error: BaseException | None = None) -> str:
@@ -81,3 +86,66 @@ def test_other_errors_pass_unchanged(error: BaseException):
     with pytest.raises(type(error)) as caught:
         ask(1, "cuda", error)
     assert caught.value is error
+
+
+# ---- what a program of somebody's own gives to the package
+
+
+@pytest.fixture(scope="module")
+def duet():
+    return load(DUET)
+
+
+WRONG_TO_LOAD = [("device", value) for value in ("xpu", "", 5, [], None, "cuda:7")]
+WRONG_TO_LOAD += [("dtype", value) for value in ([], {}, 5, None, "half")]
+WRONG_TO_LOAD += [("name", value) for value in (5, None, [], b"x")]
+
+
+@pytest.mark.parametrize(("what", "value"), WRONG_TO_LOAD, ids=repr)
+def test_load_refuses_what_is_no_such_thing(what, value):
+    with pytest.raises(InputError) as caught:
+        load(**{"name": DUET, what: value})
+    assert repr(value) in str(caught.value) or str(value) in str(caught.value) or what in str(caught.value)
+
+
+WRONG_TO_RUN = [("workers", value) for value in ("2", 2.0, None, [], 0, 17)]
+WRONG_TO_RUN += [("problem", value) for value in (5, None, [], b"x")]
+WRONG_TO_RUN += [("max_steps", "5"), ("max_steps", -1), ("seed", "x"), ("seed", 0.5), ("layout", 5), ("layout", [])]
+WRONG_TO_RUN += [("sampling", 5), ("prompts", 5)]
+
+
+@pytest.mark.parametrize(("what", "value"), WRONG_TO_RUN, ids=repr)
+def test_a_run_refuses_what_is_no_such_thing(duet, what, value):
+    with pytest.raises(InputError, match=what):
+        Run(duet, **{"problem": "a = 1", what: value})
+
+
+WRONG_STEPS = [
+    ([["a"]], [[[1]]]),
+    ([["a"]], [[1.5]]),
+    ([["a"]], [["x"]]),
+    ([["a"]], [1]),
+    ([["a"]], [None]),
+    ([["a"]], [[]]),
+    (["a"], [[1]]),
+    ([[1]], [[1]]),
+]
+
+
+@pytest.mark.parametrize(("views", "tokens"), WRONG_STEPS, ids=repr)
+def test_a_step_refuses_what_is_no_such_thing(duet, views, tokens):
+    cache = Cache(duet.config, ["a", "b"], duet.dtype)
+    with pytest.raises(InputError):
+        step(views, tokens, duet.weights, duet.config, cache)
+    assert cache.lengths == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize("what", ["temperature", "top_k", "top_p", "min_p"])
+def test_sampling_refuses_what_is_no_number(what):
+    with pytest.raises(InputError, match=f"{what} is '1'"):
+        Sampling(**{what: "1"})
+
+
+def test_a_full_disk_is_told_by_the_files_name():
+    with pytest.raises(OSError, match="/dev/full"):
+        write_whole(Path("/dev/full"), [b"x" * 2**16])

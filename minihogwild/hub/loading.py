@@ -87,6 +87,7 @@ def load(
     Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
     without our support.
     """
+    require(isinstance(name, (str, Path)), f"a model is named by a text or a path, not by {name!r}")
     device = choose_device(device)
     if folder is None:
         folder = fetch(str(name))
@@ -135,18 +136,18 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         present = [kind for kind in is_present if is_present[kind]]
         return torch.device(present[0])
-    chosen = torch.device(device)
-    # Of any other kind PyTorch itself will say whether it is there.
-    if chosen.type in is_present:
-        here = is_present[chosen.type]
-        require(here, f"device {chosen.type} is not available on this machine: use cpu or auto")
+    with refusing(f"device {device!r} is none: use one of {', '.join(is_present)}, auto"):
+        chosen = torch.device(device)
+        require(chosen.type in is_present, f"{chosen.type} is not supported")
+    here = is_present[chosen.type]
+    require(here, f"device {chosen.type} is not available on this machine: use cpu or auto")
     return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of that name."""
-    chosen = DTYPES.get(dtype, dtype)
-    require(chosen in DTYPES.values(), f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    chosen = DTYPES[dtype] if dtype in [*DTYPES] else dtype
+    require(chosen in [*DTYPES.values()], f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     return chosen
 
 
