@@ -405,6 +405,15 @@ def test_a_template_that_fails_is_refused_in_one_line(case: str):
     assert culprit in message
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
+def test_a_template_that_loops_ends_also_without_a_parent():
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    request = {"template": endless, "special_tokens": {}, "prompts": ["hello"], "allowed": 100}
+    child = subprocess.run([sys.executable, render_template.__file__], input=json.dumps(request).encode(), timeout=120)
+    assert child.returncode < 0  # by a signal
+
+
 def test_a_conversation_is_rendered_once(monkeypatch):
     ours, _ = pair("smollm", SMOLLM)
     first = ours.chat("hello")

@@ -64,8 +64,9 @@ def parts_of_product(
         # Two warps multiply each for itself (four would do it together): codes stay where they were unpacked.
         tile, warps, stages = 256, 2, 3
     else:
-        bytes_on_their_way = 6 * 128 * (64 * weight.itemsize + columns * x.itemsize)
-        tile, warps, stages = 128, 4, 6 if bytes_on_their_way < SHARED_MEMORY else 3
+        tile, warps = 128, 4
+        bytes_of_tiles = tile * (64 + columns) * x.itemsize
+        stages = max((n for n in (2, 3, 4, 6) if n * bytes_of_tiles < SHARED_MEMORY), default=2)
     _linear[triton.cdiv(N, 64), parts, 1 if groups is None else groups.count](
         x, weight, scale, bias, sums, *tables_of(groups, x), rows, N, E,
         LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=columns, SPLIT=parts > 1,
@@ -142,19 +143,21 @@ def bfloat16_of(code):
     """Whole numbers of 8 bits, four at a time, in two instructions for each. (Triton's own would be six.)
 
     A code is its lower 7 bits, less 128 if the highest is set. With the exponent of 128 the first become 128 + them,
-    the highest bit becomes 128 or 256; the difference is the code.
+    the highest bit becomes -128 or -256; the sum is the code. (It is taken as low * 1 + high, for cards before the
+    H100 can't add two pairs in bfloat16.)
     """
     return tl.inline_asm_elementwise(
         """{
-            .reg .b32 pair, low, high;
+            .reg .b32 pair, low, high, ones;
+            mov.b32 ones, 0x3F803F80;
             prmt.b32 pair, $2, 0, 0x4140;
             lop3.b32 low, pair, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 high, pair, 0x00800080, 0x43004300, 0xEA;
-            sub.bf16x2 $0, low, high;
+            lop3.b32 high, pair, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $0, low, ones, high;
             prmt.b32 pair, $2, 0, 0x4342;
             lop3.b32 low, pair, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 high, pair, 0x00800080, 0x43004300, 0xEA;
-            sub.bf16x2 $1, low, high;
+            lop3.b32 high, pair, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $1, low, ones, high;
         }""",
         "=r,=r,r", [code], dtype=tl.bfloat16, is_pure=True, pack=4,
     )  # fmt: skip

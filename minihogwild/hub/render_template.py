@@ -1,7 +1,7 @@
 """Renders chat templates as a process of its own: JSON on standard input, JSON on standard output.
 
 Beside jinja's sandbox a template gets a limit of memory here, where the system has one, and of time from the parent
-(`chat_template.render_chat`). Nothing else of the package is imported.
+(`chat_template.render_chat`); here too, should the parent be gone. Nothing else of the package is imported.
 """
 
 import os
@@ -32,6 +32,7 @@ from time import strftime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BYTES = 2**29  # of address space
+SECONDS = 15  # of computing: more than the parent allows, for when it has died
 # `{% generation %}` and `{% endgeneration %}`, around what a model is trained on: what stands before and after the name
 GENERATION_TAG = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})")
 
@@ -80,17 +81,18 @@ def fail(message: str):
     raise ValueError(message)
 
 
-def limit_memory() -> None:
+def limit_memory_and_time() -> None:
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     except (ImportError, ValueError, OSError):
-        pass  # no such limit on Windows and macOS
+        pass  # no such limits on Windows, nor all of them on macOS
 
 
 if __name__ == "__main__":
-    limit_memory()
+    limit_memory_and_time()
     try:
         print(json.dumps(render(**json.load(sys.stdin))))
     except Exception as error:
