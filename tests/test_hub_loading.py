@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,7 @@ def test_no_progress_bar_stays_open(tiny: Path, elsewhere: Path, monkeypatch: py
         return str(tiny)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
     load("someone/tiny-model", device="cpu")
     assert "0/7" in terminal.getvalue()
     drawn = terminal.getvalue()
@@ -677,3 +679,33 @@ def test_why_the_hub_gives_nothing(
     assert (code, out) == (2, "")
     assert err.startswith(f"minihogwild: someone/model: neither a folder nor to be had from the hub: {reason}")
     assert err.count("\n") == 1
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def ask(hub, name, timeout):
+        asked.append((name, timeout))
+        raise HubSaysNothingTimeout
+
+    class HubSaysNothingTimeout(Exception):
+        pass
+
+    def download(name, **options) -> str:
+        asked.append(options["local_files_only"])
+        return "here"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", ask)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch("someone/tiny-model") == Path("here")
+    assert asked == [("someone/tiny-model", 5), True]
+
+
+def test_a_server_that_never_answers(tmp_path: Path):
+    """As it is, with the library's own waiting and asking again: it was ten minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 0.3; loading.fetch('some/model')"
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
+    assert "the hub cannot be reached, and nothing of it is kept here" in done.stderr

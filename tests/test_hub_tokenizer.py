@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from hub_files import (
     build,
     control_ids,
     pair,
+    refusal,
     save,
 )
 from hypothesis import assume, given, settings
@@ -369,3 +371,46 @@ def test_each_token_by_itself_reads_as(tmp_path: Path):
     assert len(tokenizer.texts) == tokenizer.size
     for token in (0, 33, 200, tokenizer.added["</think>"], tokenizer.control["<|im_end|>"]):
         assert tokenizer.texts[token] == tokenizer.decode([token])
+
+
+# ---- from a stranger
+
+
+def replace_step(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(*steps: dict) -> dict:
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+DOUBLED = replace_step({"String": "a"}, "aa")
+GROWING = {
+    "doubled forty times": sequence(*[DOUBLED] * 40),
+    "in sequences of sequences": sequence(*[sequence(DOUBLED, sequence(DOUBLED))] * 20),
+    "at once": replace_step({"String": "a"}, "a" * 5000),
+    "by an expression": sequence(*[replace_step({"Regex": "[ab]"}, "ab")] * 12),
+    "by nothing": replace_step({"String": ""}, "a" * 5000),
+    "too many steps": sequence(*[{"type": "NFC"}] * 100_000),
+}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("case", GROWING)
+def test_a_tokenizer_that_makes_texts_grow_without_end_is_refused(tmp_path: Path, case, part):
+    """The library would never return, and no signal would end it."""
+    save(tmp_path, "smollm")
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {part: GROWING[case]}))
+    message = refusal(Tokenizer, tmp_path)
+    assert message.startswith(f"{path} cannot be read: its {part} ")
+
+
+def test_replacements_as_known_tokenizers_have_them_are_read(tmp_path: Path):
+    save(tmp_path, "smollm")
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    known = sequence({"type": "Prepend", "prepend": "x"}, replace_step({"String": " "}, "___"), {"type": "NFKC"})
+    path.write_text(json.dumps(data | {"normalizer": known}))
+    assert Tokenizer(tmp_path).encode("a b")

@@ -40,6 +40,7 @@ FILES = [
     "chat_template.json",
     "prompts.json",
 ]
+HUB_SECONDS = 5  # until it must have begun to answer (the library asks twice)
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -204,9 +205,20 @@ def fetch(name: str) -> Path:
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, tqdm_class=Bar))
+            what_is_kept = {} if hub_answers(name) else {"local_files_only": True}
+            download = huggingface_hub.snapshot_download
+            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept))
     close_bars()
     return folder
+
+
+def hub_answers(name: str) -> bool:
+    """A hub that can be reached and then says nothing would be waited for, for minutes."""
+    try:
+        huggingface_hub.HfApi().repo_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # each version of the library has others; all but this one will come again
+        return "Timeout" not in type(error).__name__
+    return True
 
 
 def local_folder(name: str) -> Path | None:

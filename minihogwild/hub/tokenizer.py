@@ -20,6 +20,8 @@ from .chat_template import read_chat_template, render_chat
 NEUTRAL = "·x0-+=~^"  # one of these begins no control token
 THINK, END_OF_THINK = "<think>", "</think>"
 VARIANTS = 3  # of a conversation: see `_render`
+MOST_STEPS = 1000  # of a normalizer and the like; known ones have ten
+MOST_GROWTH = 1000  # times that they may make a text longer
 
 
 class Tokenizer:
@@ -34,6 +36,7 @@ class Tokenizer:
         data = read_json(path)
         self.template = read_chat_template(folder)
         with refusing(f"{path} cannot be read"):
+            require_modest(data)
             added, self.special_tokens = read_added_tokens(folder, data)
             data["truncation"] = None
             data["padding"] = None
@@ -269,3 +272,36 @@ class TextStream:
         self.before = first
         self.waiting = last
         return text
+
+
+def require_modest(data: dict) -> None:
+    """Raise InputError where replacements, one after the other, could make a short text fill all memory.
+
+    The library never returns from that, and no signal ends it. (Whatever else is wrong, it says itself.)
+    """
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        steps = steps_of(data.get(name))
+        require(len(steps) <= MOST_STEPS, f"its {name} has {len(steps)} steps: {MOST_STEPS} are the most")
+        growth = 1.0
+        for step in steps:
+            growth *= growth_of(step)
+        require(growth <= MOST_GROWTH, f"its {name} may make a text {growth:.3g} times as long")
+
+
+def steps_of(part: object) -> list[dict]:
+    """What is done to a text, one after the other: a sequence may hold others."""
+    if not isinstance(part, dict):
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    inner = [each for value in part.values() if isinstance(value, list) for each in value]
+    return [step for each in inner for step in steps_of(each)]
+
+
+def growth_of(step: dict) -> float:
+    """How many times as long a text may become by a replacement; other steps add little."""
+    pattern, content = step.get("pattern"), step.get("content")
+    if not isinstance(pattern, dict) or not isinstance(content, str):
+        return 1.0
+    replaced = pattern.get("String", "x")  # an expression may match a single character
+    return max(1.0, len(content) / max(1, len(replaced)))
