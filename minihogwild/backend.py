@@ -5,7 +5,7 @@ backend (`gpu/kernels.py`) gives some of them in another way, with the same resu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -26,6 +26,7 @@ class Chosen:
 
     experts: Tensor  # [T, R]
     shares: Tensor  # [T, R]
+    tables: dict = field(default_factory=dict)  # what a backend has made of these, kept for the next product
 
 
 class PyTorchBackend:

@@ -21,19 +21,20 @@ MOST_NUMBERS = 2**15  # pairs times experts, that one program compares at once
 
 @dataclass
 class Groups:
-    """The tables that kernels read; int32."""
+    """The tables that kernels read; int32. Without tables: one matrix for all rows."""
 
-    expert: Tensor  # [groups]; -1 of an empty one
-    pair: Tensor  # [groups, width]; -1 where there is none
-    pairs: int
+    expert: Tensor | None  # [groups]; -1 of an empty one
+    pair: Tensor | None  # [groups, width]; -1 where there is none
+    pairs: int  # as many as the result has rows
+    width: int
 
     @property
     def count(self) -> int:
-        return len(self.expert)
+        return 1 if self.expert is None else len(self.expert)
 
-    @property
-    def width(self) -> int:
-        return self.pair.shape[1]
+
+def ungrouped(x: Tensor, width: int) -> Groups:
+    return Groups(None, None, len(x), width)
 
 
 def choose(logits: Tensor, R: int, shares_sum_to_1: bool) -> Chosen:
@@ -43,8 +44,8 @@ def choose(logits: Tensor, R: int, shares_sum_to_1: bool) -> Chosen:
     shares = torch.empty(T, R, dtype=torch.float32, device=logits.device)
     _choose[T,](
         logits, experts, shares, T, X, parts,
-        PARTS=triton.next_power_of_2(parts), WIDTH=triton.next_power_of_2(X), R=R, SUM_TO_1=shares_sum_to_1,
-        num_warps=1, **OVERLAPPING,
+        PARTS=triton.next_power_of_2(parts), WIDTH=triton.next_power_of_2(X),
+        R=R, RANKS=triton.next_power_of_2(R), SUM_TO_1=shares_sum_to_1, num_warps=1, **OVERLAPPING,
     )  # fmt: skip
     return Chosen(experts, shares)
 
@@ -52,7 +53,7 @@ def choose(logits: Tensor, R: int, shares_sum_to_1: bool) -> Chosen:
 @triton.jit(do_not_specialize=["T"])
 def _choose(
     logits, experts, shares, T, X, parts,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, SUM_TO_1: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, SUM_TO_1: tl.constexpr,
 ):  # fmt: skip
     """One token: the softmax of its logits, then R times the largest that is left."""
     wait_for_predecessor()
@@ -63,18 +64,18 @@ def _choose(
     of_token = tl.where(x < X, tl.sum(several, 0), -float("inf"))
     weights = tl.exp(of_token - tl.max(of_token, 0))
     left = tl.where(x < X, weights / tl.sum(weights, 0), -1.0)
-    total = tl.sum(left * 0.0, 0)
+    rank = tl.arange(0, RANKS)
+    chosen = tl.zeros([RANKS], tl.int32)
+    share = tl.zeros([RANKS], tl.float32)
     for r in tl.static_range(R):
-        share = tl.max(left, 0)
         expert = tl.argmax(left, 0)
-        tl.store(experts + t * R + r, expert)
-        tl.store(shares + t * R + r, share)
-        total += share
+        chosen = tl.where(rank == r, expert, chosen)
+        share = tl.where(rank == r, tl.max(left, 0), share)
         left = tl.where(x == expert, -1.0, left)
     if SUM_TO_1:
-        tl.debug_barrier()  # what was stored above is read again
-        for r in tl.static_range(R):
-            tl.store(shares + t * R + r, tl.load(shares + t * R + r) / total)
+        share /= tl.sum(share, 0)
+    tl.store(experts + t * R + rank, chosen, mask=rank < R)
+    tl.store(shares + t * R + rank, share, mask=rank < R)
 
 
 def groups_of(experts: Tensor, X: int, width: int) -> Groups:
@@ -98,7 +99,7 @@ def group_few(experts: Tensor, X: int, width: int) -> Groups:
         PAIRS=triton.next_power_of_2(T * R), WIDTH=triton.next_power_of_2(X), GROUPS=triton.next_power_of_2(count),
         COLUMNS=width, num_warps=4, **OVERLAPPING,
     )  # fmt: skip
-    return Groups(expert, pair, T * R)
+    return Groups(expert, pair, T * R, width)
 
 
 @triton.jit(do_not_specialize=["pairs", "count"])
@@ -141,7 +142,7 @@ def group_many(experts: Tensor, X: int, width: int) -> Groups:
     pair[group, place % width] = order.int()
     expert = torch.full((most_groups,), -1, dtype=torch.int32, device=flat.device)
     expert[group] = sorted_experts.int()
-    return Groups(expert, pair, pairs)
+    return Groups(expert, pair, pairs, width)
 
 
 def mix(each: Tensor, shares: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..packed import EightBit, FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, with_bias
 from . import pointwise
 from .attention import append, attend_to_one_block, attend_to_pages
-from .experts import choose, groups_of, mix
+from .experts import Groups, choose, groups_of, mix
 from .products import (
     FEW_ROWS,
     linear_for_few_rows,
@@ -51,17 +51,15 @@ class TritonBackend(PyTorchBackend):
             if few_rows:
                 return linear_in_four_bit(x, weight, bias)
             return F.linear(x, unpack_four_bit(weight, x.dtype), bias)
-        if half_precision and few_rows and isinstance(weight, Dense):
-            return linear_for_few_rows(x, weight.tensor, None, bias)
-        if half_precision and few_rows and isinstance(weight, EightBit):
-            return linear_for_few_rows(x, weight.codes, weight.scale, bias)
+        if half_precision and few_rows and isinstance(weight, (Dense, EightBit)):
+            return linear_for_few_rows(x, *numbers_and_scale(weight), bias)
         return weight.times(x, bias)
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return pointwise.norm(x, None, weight, epsilon)[1]
+        return pointwise.norm(x, weight, epsilon)
 
     def add_and_norm(self, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        return pointwise.norm(x, y, weight, epsilon)
+        return pointwise.add_and_norm(x, y, weight, epsilon)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return pointwise.swiglu(gate_up)
@@ -97,10 +95,10 @@ class TritonBackend(PyTorchBackend):
         T, R = chosen.experts.shape
         rows = x.flatten(0, -2)  # [T, E], or [T R, E]
         if isinstance(weight, FourBit):
-            groups = groups_of(chosen.experts, len(weight.codes), FEW_ROWS)
+            groups = groups_once(chosen, len(weight.codes), FEW_ROWS)
             return linear_in_four_bit(rows, weight, None, groups).view(T, R, -1)
-        matrices, scale = (weight.tensor, None) if isinstance(weight, Dense) else (weight.codes, weight.scale)
-        groups = groups_of(chosen.experts, len(matrices), FEW_ROWS if T <= FEW_ROWS else PAIRS_OF_PROMPT)
+        matrices, scale = numbers_and_scale(weight)
+        groups = groups_once(chosen, len(matrices), FEW_ROWS if T <= FEW_ROWS else PAIRS_OF_PROMPT)
         return linear_for_few_rows(rows, matrices, scale, None, groups).view(T, R, -1)
 
     def mix_experts(self, each: Tensor, chosen: Chosen) -> Tensor:
@@ -113,6 +111,19 @@ class TritonBackend(PyTorchBackend):
         if one_token_each and cache.device.type == "cuda" and not waits_for_device(weights, cache.dtype):
             return self.recorded.play(forward, tokens, weights, config, cache, plan)
         return forward(tokens, weights, config, cache, plan)
+
+
+def numbers_and_scale(weight: Dense | EightBit) -> tuple[Tensor, Tensor | None]:
+    if isinstance(weight, Dense):
+        return weight.tensor, None
+    return weight.codes, weight.scale
+
+
+def groups_once(chosen: Chosen, X: int, width: int) -> Groups:
+    """A layer's two products with experts share them."""
+    if width not in chosen.tables:
+        chosen.tables[width] = groups_of(chosen.experts, X, width)
+    return chosen.tables[width]
 
 
 def has_kernel_for_experts(weight: Matrix, dtype: torch.dtype) -> bool:

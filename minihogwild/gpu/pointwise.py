@@ -8,32 +8,49 @@ from torch import Tensor
 from .launch import OVERLAPPING, wait_for_predecessor
 
 
-def norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor | None, Tensor]:
-    """(x + y, the root mean square norm of it over the last dimension); without y, (None, the norm of x)."""
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The root mean square norm of x over the last dimension."""
     x = x.contiguous()
-    E = x.shape[-1]
     normed = torch.empty_like(x)
-    total = None if y is None else torch.empty_like(x)
+    launch_norm(x, None, weight, None, normed, epsilon)
+    return normed
+
+
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + y, and the norm of it."""
+    x = x.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    launch_norm(x, y, weight, total, normed, epsilon)
+    return total, normed
+
+
+def launch_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, epsilon: float
+) -> None:
+    """A program for each row."""
+    E = x.shape[-1]
+    rows = x.numel() // E
     width = triton.next_power_of_2(E)
     warps = min(16, max(1, width // 512))
-    _norm[x.numel() // E,](x, y, weight, total, normed, epsilon, E, WIDTH=width, num_warps=warps, **OVERLAPPING)
-    return total, normed
+    _norm[rows,](x, y, weight, total, normed, epsilon, E, WIDTH=width, num_warps=warps, **OVERLAPPING)
 
 
 @triton.jit
 def _norm(x, y, weight, total, normed, epsilon, E, WIDTH: tl.constexpr):
-    """One row."""
+    """One row; of x + y, where there is y."""
     wait_for_predecessor()
     e = tl.arange(0, WIDTH)
+    inside = e < E
     at = tl.program_id(0).to(tl.int64) * E + e
-    row = tl.load(x + at, mask=e < E, other=0.0)
+    row = tl.load(x + at, mask=inside, other=0.0)
     if y is not None:
-        row = row + tl.load(y + at, mask=e < E, other=0.0)
-        tl.store(total + at, row, mask=e < E)
+        row = row + tl.load(y + at, mask=inside, other=0.0)
+        tl.store(total + at, row, mask=inside)
     row = row.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(row * row, 0) / E + epsilon)
-    result = row * factor * tl.load(weight + e, mask=e < E, other=0.0).to(tl.float32)
-    tl.store(normed + at, result.to(normed.dtype.element_ty), mask=e < E)
+    mean_square = tl.sum(row * row, 0) / E
+    scale = tl.load(weight + e, mask=inside, other=0.0).to(tl.float32)
+    result = row * tl.rsqrt(mean_square + epsilon) * scale
+    tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -46,9 +63,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _swiglu(gate_up, result, F):
+    """1024 numbers of one row."""
     wait_for_predecessor()
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * 1024 + tl.arange(0, 1024)
-    gate = tl.load(gate_up + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-    tl.store(result + row * F + f, (gate / (1 + tl.exp(-gate)) * up).to(result.dtype.element_ty), mask=f < F)
+    inside = f < F
+    gate_at = gate_up + row * 2 * F + f
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + F, mask=inside, other=0.0).to(tl.float32)
+    silu = gate / (1 + tl.exp(-gate))
+    tl.store(result + row * F + f, (silu * up).to(result.dtype.element_ty), mask=inside)

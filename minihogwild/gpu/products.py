@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import FourBit, Tiles
-from .experts import Groups
+from .experts import Groups, ungrouped
 from .launch import OVERLAPPING, wait_for_predecessor
 
 SHARED_MEMORY = 0  # bytes that one program may have
@@ -41,9 +41,7 @@ def linear_for_few_rows(
         parts = max(1, min(EIGHT_BIT_PROGRAMS // triton.cdiv(N, 64), E // 512))
     else:
         parts = max(1, E // LONG_SUM)
-    if parts == 1:
-        return parts_of_product(x, weight, 1, scale, bias, groups)[0]
-    return total_of(parts_of_product(x, weight, parts), scale, bias, x.dtype)
+    return total_of(parts_of_product(x, weight, parts, scale, bias, groups), scale, bias, x.dtype)
 
 
 def parts_of_product(
@@ -54,37 +52,37 @@ def parts_of_product(
     bias: Tensor | None = None,
     groups: Groups | None = None,
 ) -> Tensor:
-    """Of x Wᵀ, the sums over so many parts of the columns, [parts, T, N], in float32. One part alone is all there is:
-    with scale and bias, and in x's dtype."""
+    """Of x Wᵀ, the sums over so many parts of the columns: [parts, T, N], in float32.
+
+    Where there is one part, it is the result: with scale and bias, in x's dtype.
+    """
     N, E = weight.shape[-2:]
-    rows = len(x) if groups is None else groups.pairs
-    sums = x.new_empty(parts, rows, N, dtype=torch.float32 if parts > 1 else x.dtype)
-    columns = FEW_ROWS if groups is None else groups.width
+    groups = groups or ungrouped(x, FEW_ROWS)
+    sums = room_for_parts(x, parts, groups, N)
     if weight.dtype == torch.int8 and x.dtype == torch.bfloat16:
         # Two warps multiply each for itself (four would do it together): codes stay where they were unpacked.
         tile, warps, stages = 256, 2, 3
     else:
         tile, warps = 128, 4
-        bytes_of_tiles = tile * (64 + columns) * x.itemsize
+        bytes_of_tiles = tile * (64 + groups.width) * x.itemsize
         stages = max((n for n in (2, 3, 4, 6) if n * bytes_of_tiles < SHARED_MEMORY), default=2)
-    _linear[triton.cdiv(N, 64), parts, 1 if groups is None else groups.count](
-        x, weight, scale, bias, sums, *tables_of(groups, x), rows, N, E,
-        LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=columns, SPLIT=parts > 1,
+    _linear[triton.cdiv(N, 64), parts, groups.count](
+        x, weight, scale, bias, sums, groups.expert, groups.pair, groups.pairs // len(x), groups.pairs, N, E,
+        LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=groups.width, SPLIT=parts > 1,
         num_warps=warps, num_stages=stages, **OVERLAPPING,
     )  # fmt: skip
     return sums
 
 
-def tables_of(groups: Groups | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
-    """The tables of groups, for a kernel, and how many pairs share a row of x."""
-    if groups is None:
-        return None, None, 1
-    return groups.expert, groups.pair, groups.pairs // len(x)
+def room_for_parts(x: Tensor, parts: int, groups: Groups, N: int) -> Tensor:
+    return x.new_empty(parts, groups.pairs, N, dtype=torch.float32 if parts > 1 else x.dtype)
 
 
 def total_of(sums: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The sum of the parts, [parts, T, N] in float32, times the scale of its rows, plus bias."""
+    """The sum of the parts, [parts, T, N], times the scale of its rows, plus bias; one part is that already."""
     parts, T, N = sums.shape
+    if parts == 1:
+        return sums[0]
     total = sums.new_empty(T, N, dtype=dtype)
     PARTS = triton.next_power_of_2(parts)
     block = max(128, 4096 // PARTS)
@@ -133,7 +131,7 @@ def _linear(
         if w.dtype == tl.int8 and y.dtype == tl.bfloat16 and not INTERPRETED:
             w = bfloat16_of(w)
         total = tl.dot(w.to(y.dtype), y, total, input_precision="ieee")
-    if scale is not None:
+    if scale is not None and not SPLIT:
         total *= tl.load(scale + matrix * N + n, mask=n < N, other=0).to(tl.float32)[:, None]
     store_product(sums, bias, total, n, part * T + target, target, N, SPLIT)
 
@@ -203,20 +201,17 @@ def linear_in_four_bit(x: Tensor, weight: FourBit, bias: Tensor | None, groups: 
     """As `linear_for_few_rows`."""
     N, E = weight.shape
     down, across = weight.codes.shape[-4:-2]
-    parts = 1
-    if groups is None:
-        parts = max(1, min(FOUR_BIT_PROGRAMS // down, across // 4))
-    rows = len(x) if groups is None else groups.pairs
-    few = 8 if rows <= 8 else FEW_ROWS
+    parts = 1 if groups is not None else max(1, min(FOUR_BIT_PROGRAMS // down, across // 4))
+    groups = groups or ungrouped(x, 8 if len(x) <= 8 else FEW_ROWS)
+    sums = room_for_parts(x, parts, groups, N)
     exponent, offset = EXPONENT_OF[x.dtype]
-    sums = x.new_empty(parts, rows, N, dtype=torch.float32 if parts > 1 else x.dtype)
-    _linear_in_four_bit[down, parts, 1 if groups is None else groups.count](
-        x, weight.codes, weight.scale, weight.zero, bias, sums, *tables_of(groups, x), rows, N, E,
-        weight.scale.shape[-2], across, weight.group, triton.cdiv(across, parts),
-        GROUP=min(weight.group, 128), EXPONENT=exponent, OFFSET=offset,
-        COLUMNS=few if groups is None else groups.width, SPLIT=parts > 1, num_warps=1, num_stages=3, **OVERLAPPING,
+    _linear_in_four_bit[down, parts, groups.count](
+        x, weight.codes, weight.scale, weight.zero, bias, sums, groups.expert, groups.pair, groups.pairs // len(x),
+        groups.pairs, N, E, weight.scale.shape[-2], across, weight.group, triton.cdiv(across, parts),
+        GROUP=min(weight.group, 128), EXPONENT=exponent, OFFSET=offset, COLUMNS=groups.width, SPLIT=parts > 1,
+        num_warps=1, num_stages=3, **OVERLAPPING,
     )  # fmt: skip
-    return total_of(sums, None, bias, x.dtype) if parts > 1 else sums[0]
+    return total_of(sums, None, bias, x.dtype)
 
 
 @triton.jit(do_not_specialize=["T", "TILES", "SHARING"])
