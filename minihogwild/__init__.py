@@ -8,12 +8,13 @@ import os
 import sys
 from importlib import import_module
 
-# `python -m minihogwild...` looks for every module in the current folder first. That may be a model's, and what lies
-# there is a stranger's: it is not looked into, unless it is the folder that the package itself is in.
-if " -m minihogwild" in " ".join(sys.orig_argv):
-    _package = os.path.dirname(os.path.abspath(__file__))
-    if sys.path and os.path.realpath(sys.path[0]) == os.path.realpath(os.getcwd()) != os.path.dirname(_package):
-        del sys.path[0]
+# `python -m minihogwild...` looks for every module in the current folder first, which stands at the head of the path.
+# That may be a model's, and what lies there is a stranger's: it is not looked into, unless the package is there itself.
+# (While Python looks for the module to run, "-m" stands where its path will be.)
+_is_run = sys.argv[:1] == ["-m"] and any(argument.startswith("minihogwild") for argument in sys.orig_argv)
+_starts_with_current_folder = not getattr(sys.flags, "safe_path", sys.flags.isolated)
+if _is_run and _starts_with_current_folder and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
+    del sys.path[0]
 
 # What the package offers, and the module that it comes from
 _MODULES = {

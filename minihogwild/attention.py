@@ -4,7 +4,7 @@ A row is one new token: T rows over all W workers. H query heads share K key/val
 
 Keys and values of all blocks lie in one pool of pages; a page belongs to one block. Attention goes over the pool once
 for all rows, whichever worker they belong to: page by page, with the query that was rotated for that page's block, then
-one softmax. So each key and value is read once a step, and not once a worker. (`gpu/kernels.py` does the same in one
+one softmax. So each key and value is read once a step, and not once a worker. (`gpu/attention.py` does the same in one
 pass, as an online softmax.)
 """
 
@@ -43,7 +43,7 @@ class Plan:
     page_count: Tensor
     page_size: int  # tokens of a page, "PAGE" in shapes
     # Where the step's views hold one block alone, as for a prompt, its length: a backend may then use a kernel for
-    # ordinary attention (gpu/kernels.py). Else 0
+    # ordinary attention (gpu/attention.py). Else 0
     lone_block_length: int
 
     def padded(self, blocks: int, pages: int) -> "Plan":

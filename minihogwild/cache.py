@@ -335,6 +335,7 @@ def check_step(views: list[list[str]], counts: list[int], blocks: Collection[str
     paired = len(views) == len(counts) > 0 and all(views)
     require(paired, "a step needs at least one view, none of them empty, and a token list for each")
     for view in views:
+        require(not isinstance(view, str), f"a view is a list of blocks, not a text: {view!r}")
         check_known(view, blocks)
         require(len(set(view)) == len(view), f"a block stands twice in the view {list(view)}")
     own_blocks = [view[-1] for view in views]

@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
         for argument in given:
+            if argument == "--":
+                break  # what follows is no option
             option, _, value = argument.partition("=")
             if value == "--" and option.startswith("--"):  # argparse would make an empty list of it
                 self.error(f"argument {option}: invalid value: '--'")

@@ -98,7 +98,6 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
     Raises InputError for views that contradict each other, ids that the vocabulary lacks, or too little memory. Where
     a step fails, for whatever reason, the cache's blocks are as they were.
     """
-    require(not any(isinstance(view, str) for view in views), f"a view is a list of blocks, not a text: {views!r}")
     with refusing("a step takes a list of token ids for each worker"):
         flat = [whole_number(token, "a token") for ids in tokens for token in ids]
     for token in flat:

@@ -1,7 +1,7 @@
 """Weight matrices in 8 and in 4 bits: whole numbers ("codes"), and the scales that make weights of them.
 
 A decode step reads every weight once, and that is nearly all of its time: with fewer bytes it takes less. Where codes
-meet a few rows, nothing is ever unpacked in memory: PyTorch has products for it on a CPU, `gpu/kernels.py` on a GPU.
+meet a few rows, nothing is ever unpacked in memory: PyTorch has products for it on a CPU, `gpu/products.py` on a GPU.
 Else some rows are unpacked at a time: on a CPU so few that they stay in its caches.
 """
 
@@ -140,7 +140,7 @@ class BlocksOfRows:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The order that a GPU's kernel wants (gpu/kernels.py): [N / 64, E / 128, 64, 32] words, 64 x 128 codes to a tile.
+    """The order that a GPU's kernel wants (gpu/products.py): [N / 64, E / 128, 64, 32] words, 64 x 128 codes to a tile.
 
     A word of 16 bits holds four codes of a row: counted from the lowest bits, number m of word i is column 32 m + i of
     the tile. So the kernel reads a tile at one stroke, and 32 columns that follow each other come from one shift.

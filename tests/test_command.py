@@ -810,6 +810,10 @@ def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp
 OPTIONS_WITH_A_VALUE = ["workers", "temperature", "seed", "max-steps", "top-k", "dtype", "pace", "context", "quantize"]
 
 
+def test_what_looks_like_an_option_may_be_the_prompt(folder):
+    assert main(["--model", str(folder), "--max-steps", "1", "--device", "cpu", "--", "--x=--"]) == 0
+
+
 @pytest.mark.parametrize("option", [*OPTIONS_WITH_A_VALUE, "layout", "json", "record", "model", "prompts"])
 def test_two_dashes_are_no_value(option, capsys):
     assert main([f"--{option}=--"]) == 2

@@ -58,35 +58,42 @@ def _append(
     to_sin = T * ROTATIONS
 
     head = tl.arange(0, HEADS)[:, None]
+    query_at = of_token + (k * G + head) * D
     cos = query_rotation + t * ROTATIONS + block * D
-    query = rotated_heads(of_token + (k * G + head) * D, head < G, q_norm, cos, to_sin, epsilon, D, WIDTH)
+    query = rotated_heads(query_at, head < G, q_norm, cos, to_sin, epsilon, D, WIDTH)  # [HEADS, WIDTH]
     query_to = queries + (((block * K + k) * T + t) * G + head) * D
     tl.store(query_to + d, query.to(queries.dtype.element_ty), mask=(head < G) & (d < D))
 
     if block == 0:
         slot = tl.load(slots + t)
-        one = tl.arange(0, 1)[:, None]
+        one = tl.arange(0, 1)[:, None]  # a table of one head, as rotated_heads takes it
         key_at = of_token + (G * K + k + one) * D
-        key = rotated_heads(key_at, one < 1, k_norm, key_rotation + t * ROTATIONS, to_sin, epsilon, D, WIDTH)
+        cos = key_rotation + t * ROTATIONS
+        key = rotated_heads(key_at, one < 1, k_norm, cos, to_sin, epsilon, D, WIDTH)  # [1, WIDTH]
         key_to = keys + ((slot // PAGE * K + k) * PAGE + slot % PAGE + one) * D
         tl.store(key_to + d, key.to(keys.dtype.element_ty), mask=d < D)
-        value = tl.load(of_token + ((G + 1) * K + k) * D + d, mask=d < D, other=0.0)
+        value_at = of_token + ((G + 1) * K + k) * D
+        value = tl.load(value_at + d, mask=d < D, other=0.0)
         value_to = values + (k.to(tl.int64) * SLOTS + slot) * D
         tl.store(value_to + d, value.to(values.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
-def rotated_heads(x, inside, weight, cos, to_sin, epsilon, D: tl.constexpr, WIDTH: tl.constexpr):
+def rotated_heads(x, is_head, weight, cos, to_sin, epsilon, D: tl.constexpr, WIDTH: tl.constexpr):
     """`rope.rotate` of some heads, after the norm where there is one. `sin` lies `to_sin` numbers behind `cos`."""
     d = tl.arange(0, WIDTH)
-    other = (d + D // 2) % D  # beside each number, the other one of its pair
-    a = tl.load(x + d, mask=inside & (d < D), other=0.0).to(tl.float32)
-    b = tl.load(x + other, mask=inside & (d < D), other=0.0).to(tl.float32)
+    other_half = (d + D // 2) % D  # beside each number, the other one of its pair
+    inside = d < D
+    a = tl.load(x + d, mask=is_head & inside, other=0.0).to(tl.float32)
+    b = tl.load(x + other_half, mask=is_head & inside, other=0.0).to(tl.float32)
     if weight is not None:
-        factor = tl.rsqrt(tl.sum(a * a, 1) / D + epsilon)[:, None]
-        a *= factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        b *= factor * tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)
-    return a * tl.load(cos + d, mask=d < D, other=0.0) + b * tl.load(cos + to_sin + d, mask=d < D, other=0.0)
+        mean_square = tl.sum(a * a, 1) / D
+        factor = tl.rsqrt(mean_square + epsilon)[:, None]
+        a *= factor * tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        b *= factor * tl.load(weight + other_half, mask=inside, other=0.0).to(tl.float32)
+    cosine = tl.load(cos + d, mask=inside, other=0.0)
+    sine = tl.load(cos + to_sin + d, mask=inside, other=0.0)
+    return a * cosine + b * sine
 
 
 # ---- attention
@@ -198,10 +205,13 @@ def attend_to_one_block(queries: Tensor, kv: LayerCache, positions: Positions, s
     keys = kv.keys[pages_in_order].transpose(0, 1).reshape(1, K, -1, D)[:, :, :N]
     values = kv.values.view(K, -1, PAGE, D)[:, pages_in_order].view(1, K, -1, D)[:, :, :N]
     of_heads = queries[0].transpose(1, 2).reshape(1, K * G, T, D)
-    which = {"is_causal": True}
-    if T < N:  # the rows are the block's last
+    mask = None
+    is_whole_block = T == N
+    if not is_whole_block:  # the rows are its last
         from torch.nn.attention.bias import causal_lower_right  # not above: it loads PyTorch's compiler, for seconds
 
-        which = {"attn_mask": causal_lower_right(T, N)}
-    mixed = F.scaled_dot_product_attention(of_heads, keys, values, **which, scale=scale, enable_gqa=True)
+        mask = causal_lower_right(T, N)
+    mixed = F.scaled_dot_product_attention(
+        of_heads, keys, values, mask, is_causal=is_whole_block, scale=scale, enable_gqa=True
+    )
     return mixed[0].transpose(0, 1)
