@@ -89,6 +89,8 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
     The command's own code; or 2, with one line on standard error, for what can't be done; 130 when interrupted; 1 when
     nobody reads the output any more. An error that none of this is, a mistake of ours, is raised.
     """
+    if sys.stderr is None:  # closed: what belongs there goes nowhere, where print would take standard output
+        sys.stderr = io.StringIO()
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     replace_what_the_terminal_cannot_show()
     is_whole_program = argv is None

@@ -846,13 +846,24 @@ def test_bad_input_to_a_process_gives_one_line(folder):
     assert_one_line(err, "minihogwild", "UTF-8")
 
 
-def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):
+@pytest.mark.parametrize("closed", [">&- <&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path, closed):
     path = tmp_path / "result.json"
     options = f"--model {folder} --device cpu --max-steps 2 --json {path}"
-    code, _, err = process(["bash", "-c", f"{script_path()} hi {options} >&- <&-"])
+    code, _, err = process(["bash", "-c", f"{script_path()} hi {options} {closed}"])
     assert "Traceback" not in err
     assert code == 0
     assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
+
+
+def test_without_standard_error_what_belongs_there_is_not_among_the_results(folder):
+    assert process(["bash", "-c", f"{script_path()} hi --model {folder} --workers 99 2>&-"])[:2] == (2, "")
+
+
+def test_a_program_without_standard_error_can_load(folder, monkeypatch):
+    """As one without a console has none on Windows."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert load(folder, device="cpu").folder == folder
 
 
 def test_a_small_model_takes_one_thread(command, folder):
