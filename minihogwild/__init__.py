@@ -8,12 +8,18 @@ import os
 import sys
 from importlib import import_module
 
-# `python -m minihogwild...` looks for every module in the current folder first. That may be a model's, and what lies
-# there is a stranger's: it is not looked into, unless it is the folder that the package itself is in.
-if " -m minihogwild" in " ".join(sys.orig_argv):
-    _package = os.path.dirname(os.path.abspath(__file__))
-    if sys.path and os.path.realpath(sys.path[0]) == os.path.realpath(os.getcwd()) != os.path.dirname(_package):
-        del sys.path[0]
+
+def _is_here(folder: str) -> bool:
+    return os.path.isdir(folder) and os.path.samefile(folder, ".")
+
+
+# Has `python -m minihogwild...` just begun? Then Python has not yet put the module's path in the place of this "-m".
+if sys.argv[:1] == ["-m"] and any("minihogwild." in argument for argument in sys.orig_argv):
+    # Python looks for every module in the current folder first. That may be a model's, and what lies there is a
+    # stranger's: it is not looked into, unless it is the folder that the package itself is in.
+    if not _is_here(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))):
+        sys.path = [folder for folder in sys.path if not _is_here(folder)]
+    import_module(".interrupts", __name__).end_at_once()  # PyTorch, imported next, takes more than a second
 
 # What the package offers, and the module that it comes from
 _MODULES = {
@@ -40,3 +46,9 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def command() -> int:
+    """What is installed as `minihogwild`."""
+    import_module(".interrupts", __name__).end_at_once()  # as above
+    return import_module(".generate", __name__).main()

@@ -7,11 +7,6 @@ Results are appended to a file as they come, a line of JSON each. The same comma
 has then written is what it would have written at once.
 """
 
-from . import interrupts
-
-if __name__ == "__main__":
-    interrupts.end_at_once()  # before PyTorch is imported, which takes more than a second
-
 import argparse
 import hashlib
 import json

@@ -1,10 +1,5 @@
 """The command: workers solve a problem together, and one watches. `python -m minihogwild.generate --help`"""
 
-from . import interrupts
-
-if __name__ == "__main__":
-    interrupts.end_at_once()  # before PyTorch is imported, which takes more than a second
-
 import argparse
 import json
 import sys
@@ -16,6 +11,7 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich import get_console
 
+from . import interrupts
 from .backend import PyTorchBackend
 from .commands import (
     CONTROL_CODES,

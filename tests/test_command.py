@@ -794,17 +794,30 @@ def test_workers_may_be_called_like_blocks(command, script, tmp_path):
 MODULE = [sys.executable, "-m", "minihogwild.generate"]
 
 
-def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp_path):
+MODULE_AT_ONCE = [sys.executable, "-Bmminihogwild.generate"]
+
+
+@pytest.mark.parametrize("path_ends", ["", os.pathsep])  # an empty entry is the current folder
+@pytest.mark.parametrize("start", [MODULE, MODULE_AT_ONCE], ids=["apart", "at once"])
+def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp_path, start, path_ends):
     """`python -m` looks there first: a folder from a stranger could bring a psutil of its own."""
     model = Path(shutil.copytree(generate.DUET, tmp_path / "model"))
     package = generate.DUET.parent
-    for name in ("psutil", "torch", "json", "numpy", "tokenizers", "safetensors", "argparse"):
+    for name in ("psutil", "torch", "json", "numpy", "tokenizers", "safetensors", "argparse", "signal", "threading"):
         (model / f"{name}.py").write_text("raise SystemExit('a stranger runs')\n")
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    environment = os.environ | {"PYTHONPATH": f"{package.parent}{path_ends}"}
     options = ["--model", ".", "--max-steps", "2", "--plain"]
-    done = subprocess.run([*MODULE, *options], cwd=model, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*start, *options], cwd=model, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a stranger runs" not in done.stderr
+
+
+def test_the_current_folder_may_be_gone(tmp_path):
+    """As far as it is ours: some builds of PyTorch cannot be imported there, and say so."""
+    environment = os.environ | {"PYTHONPATH": str(generate.DUET.parent.parent)}
+    start = f"cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m minihogwild.config"
+    done = subprocess.run(["bash", "-c", start], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 OPTIONS_WITH_A_VALUE = ["workers", "temperature", "seed", "max-steps", "top-k", "dtype", "pace", "context", "quantize"]
