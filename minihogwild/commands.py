@@ -130,10 +130,7 @@ def is_told_in_one_line(error: BaseException) -> bool:
     """Does the message say all, so that a traceback would only hide it?"""
     if isinstance(error, (InputError, OSError)):
         return True
-    if is_out_of_memory(error) or is_failure_of_gpu(error):
-        return True
-    # `tokenizers` raises this where it gives up on a file. Its class can't be imported, and is no Exception.
-    return type(error).__name__ == "PanicException"
+    return is_out_of_memory(error) or is_failure_of_gpu(error)
 
 
 def is_failure_of_gpu(error: BaseException) -> bool:
