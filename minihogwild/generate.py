@@ -157,7 +157,13 @@ def read_standard_input(wait_for_typing: bool) -> str:
         return ""
     if sys.stdin.isatty() and not wait_for_typing:
         return ""
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    parts = []
+    while (part := sys.stdin.buffer.read(2**16)) != b"":
+        if part is None:  # whoever started us has left it so that it does not wait, and nothing has come yet
+            time.sleep(0.01)
+        else:
+            parts.append(part)
+    text = b"".join(parts).decode("utf-8", "surrogateescape")
     # What editors and shells put around a text is no part of it, and a newline is one character.
     return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").rstrip("\n")
 

@@ -14,6 +14,8 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +240,31 @@ def test_a_prompt_from_everywhere(command, tmp_path):
     assert results["argument"] == results["standard input"] == results["dash"]
     other = command("How much is 2 + 3, in English?", "--max-steps", 5)[1]
     assert other != results["argument"][0]
+
+
+def test_a_standard_input_that_does_not_block_is_read_to_its_end(monkeypatch):
+    """As some programs leave it to those that they start."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def write_slowly() -> None:
+        with open(writing, "wb", buffering=0) as file:
+            for part in (b"one ", b"two"):
+                time.sleep(0.2)
+                file.write(part)
+
+    with open(reading) as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        threading.Thread(target=write_slowly).start()
+        assert generate.read_standard_input(wait_for_typing=True) == "one two"
+
+
+@pytest.mark.parametrize("option", ["prompts", "model", "json"])
+def test_a_value_that_is_far_too_long_does_not_crowd_out_what_is_wrong_with_it(command, option):
+    code, _, err = command("hi", f"--{option}", "y" * 6000, "--max-steps", 1)
+    reasons = {"prompts": "name too long", "model": "neither a folder nor", "json": "no file can be written"}
+    assert code == 2
+    assert_one_line(err, "minihogwild", "yyy", reasons[option])
 
 
 def test_help(command):
