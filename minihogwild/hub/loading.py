@@ -9,7 +9,7 @@ import huggingface_hub  # imports what is asked of it, and only then
 import torch
 
 from ..config import Config
-from ..errors import InputError, refusing, require
+from ..errors import InputError, refusing, require, whole_number
 from ..files import read_json, read_json_if_there
 from ..sampling import Sampling
 from ..weights import Weights, name_of_dtype
@@ -89,9 +89,14 @@ def load(
     without our support.
     """
     require(isinstance(name, (str, Path)), f"a model is named by a text or a path, not by {name!r}")
+    require(quantize in (None, 4, 8), f"quantize is {quantize!r}: it must be 8, 4 or None")
+    if context is not None:
+        context = whole_number(context, "context")
+        require(context >= 1, f"context is {context}: it must be at least 1")
     device = choose_device(device)
     if folder is None:
         folder = fetch(str(name))
+    require(isinstance(folder, Path), f"folder must be a Path, as fetch gives it, not {folder!r}")
     settings = read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         logger.warning("adapter_config.json: the adapter is not applied")
