@@ -178,7 +178,8 @@ class Run:
         text = prompt_text(self.words, layout, workers, problem)
         self._require_may_fit(text)
         self.prompt = model.tokenizer.chat(text)  # token ids
-        require(problem.strip() and self.prompt, "the prompt is empty")
+        require(problem.strip(), "the prompt is empty")
+        require(self.prompt, f"{model.folder}: its chat template, or its tokenizer, makes nothing of the prompt")
         if self.shared:
             self.prompt = self.prompt + self._opening()
         # Headers and roles: token ids, by block
