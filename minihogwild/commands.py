@@ -27,6 +27,7 @@ INTERRUPTED = 130  # as shells have it: 128, and the number of the signal
 # (all but tab and newline), and what reverses the direction of text, so that it reads as something else
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST_MESSAGE = 1000  # characters: what an error quotes from a file may be of any length
+LONG_WORD = re.compile(r"(\S{150})\S{200,}(\S{50})")  # a file's name, say: shortened, so that what follows is read
 SMALL_HIDDEN_SIZE = 512
 
 DUET = Path(__file__).with_name("duet")
@@ -34,6 +35,10 @@ DUET = Path(__file__).with_name("duet")
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError for wrong options: they are told as everything else that is wrong."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-\d")  # a value, and no option; argparse knows -1, but not -1:
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
@@ -91,6 +96,8 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
     The command's own code; or 2, with one line on standard error, for what can't be done; 130 when interrupted; 1 when
     nobody reads the output any more. An error that none of this is, a mistake of ours, is raised.
     """
+    if sys.stderr is None:  # closed: what belongs there goes nowhere, where print would take standard output
+        sys.stderr = io.StringIO()
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     replace_what_the_terminal_cannot_show()
     is_whole_program = argv is None
@@ -130,10 +137,7 @@ def is_told_in_one_line(error: BaseException) -> bool:
     """Does the message say all, so that a traceback would only hide it?"""
     if isinstance(error, (InputError, OSError)):
         return True
-    if is_out_of_memory(error) or is_failure_of_gpu(error):
-        return True
-    # `tokenizers` raises this where it gives up on a file. Its class can't be imported, and is no Exception.
-    return type(error).__name__ == "PanicException"
+    return is_out_of_memory(error) or is_failure_of_gpu(error)
 
 
 def is_failure_of_gpu(error: BaseException) -> bool:
@@ -144,7 +148,7 @@ def is_failure_of_gpu(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    line = one_line(str(error))
+    line = LONG_WORD.sub(r"\1…\2", one_line(str(error)))
     return CONTROL_CODES.sub("", line)[:LONGEST_MESSAGE]
 
 

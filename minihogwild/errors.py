@@ -34,9 +34,16 @@ def refusing(what: object):
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise  # somebody wants to leave
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{what}: {one_line(reason)}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Has `tokenizers` given up? The class of what it raises then can't be imported, and is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def one_line(text: str) -> str:

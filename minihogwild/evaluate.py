@@ -7,11 +7,6 @@ Results are appended to a file as they come, a line of JSON each. The same comma
 has then written is what it would have written at once.
 """
 
-from . import interrupts
-
-if __name__ == "__main__":
-    interrupts.end_at_once()  # before PyTorch is imported, which takes more than a second
-
 import argparse
 import hashlib
 import json
@@ -33,7 +28,7 @@ from .commands import (
     spare_threads,
 )
 from .errors import refusing, require
-from .files import require_all_writable, target_of
+from .files import require_all_writable, require_file, target_of
 from .hub import Model, fetch, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
@@ -165,6 +160,8 @@ def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     if options.prompts is not None:
         read.append(options.prompts)
     require_all_writable({"--out": options.out, "--figure": options.figure}, read)
+    with refusing(f"--out {options.out} cannot be gone on with"):
+        require_file(options.out)
     if options.figure is not None:
         with refusing("--figure"):
             import matplotlib.figure  # noqa: F401  it is an extra

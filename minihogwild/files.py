@@ -24,6 +24,15 @@ def read_json_if_there(path: Path) -> dict:
     return read_json(path) if os.path.lexists(path) else {}
 
 
+def is_unicode(text: str) -> bool:
+    """JSON can spell half a character, as "\\ud800"; no tokenizer can read one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def require_file(path: Path) -> None:
     """Raise InputError for a pipe or a device: it may wait for ever, or never end. (What is missing, a reader says.)
 

@@ -1,10 +1,5 @@
 """The command: workers solve a problem together, and one watches. `python -m minihogwild.generate --help`"""
 
-from . import interrupts
-
-if __name__ == "__main__":
-    interrupts.end_at_once()  # before PyTorch is imported, which takes more than a second
-
 import argparse
 import json
 import sys
@@ -16,6 +11,7 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich import get_console
 
+from . import interrupts
 from .backend import PyTorchBackend
 from .commands import (
     CONTROL_CODES,
@@ -161,7 +157,13 @@ def read_standard_input(wait_for_typing: bool) -> str:
         return ""
     if sys.stdin.isatty() and not wait_for_typing:
         return ""
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    parts = []
+    while (part := sys.stdin.buffer.read(2**16)) != b"":
+        if part is None:  # whoever started us has left it so that it does not wait, and nothing has come yet
+            time.sleep(0.01)
+        else:
+            parts.append(part)
+    text = b"".join(parts).decode("utf-8", "surrogateescape")
     # What editors and shells put around a text is no part of it, and a newline is one character.
     return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").rstrip("\n")
 

@@ -98,7 +98,9 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
     Raises InputError for views that contradict each other, ids that the vocabulary lacks, or too little memory. Where
     a step fails, for whatever reason, the cache's blocks are as they were.
     """
-    with refusing("a step takes a list of token ids for each worker"):
+    with refusing("a step takes a list of blocks and a list of token ids for each worker"):
+        for view in views:
+            require(all(isinstance(block, str) for block in view), f"blocks have names, unlike those of {view!r}")
         flat = [whole_number(token, "a token") for ids in tokens for token in ids]
     for token in flat:
         require(0 <= token < config.vocab_size, f"token {token} is outside the vocabulary of {config.vocab_size}")

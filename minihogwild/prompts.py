@@ -7,7 +7,7 @@ from pathlib import Path
 from unicodedata import category
 
 from .errors import refusing, require
-from .files import read_json
+from .files import is_unicode, read_json
 from .layouts import HEADER_OTHERS, HEADER_OWN, SEPARATOR
 
 NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy"
@@ -128,15 +128,6 @@ def require_known_fields(text: str, name: str, known: list[str]) -> None:
 def require_text(value: object, name: str) -> None:
     require(type(value) is str, f"{name} must be texts, not {value!r}")
     require(is_unicode(value), f"{name} is not valid UTF-8: {value!r}")
-
-
-def is_unicode(text: str) -> bool:
-    """JSON can spell half a character, as "\\ud800"; no tokenizer can read one."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def load_prompts(path: Path) -> Prompts:

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import refusing, require
+from .files import require_file
 
 HAS_MATH_VERIFY = find_spec("math_verify") is not None
 ASK_FOR_BOX = "\n\nPut the final answer inside \\boxed{}."
@@ -39,6 +40,7 @@ class Problem:
 def read_problems(path: Path) -> list[Problem]:
     """All problems of a file. Raises InputError with the number of the line that is wrong."""
     with refusing(f"{path} cannot be read"):
+        require_file(path)
         lines = path.read_text("utf-8-sig").split("\n")  # nothing else ends a line of JSON
     problems = []
     for number, line in enumerate(lines, 1):

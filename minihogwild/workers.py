@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .backend import PyTorchBackend, choose_backend
 from .cache import Cache
-from .errors import require, whole_number
+from .errors import refusing, require, whole_number
 from .hub import END_OF_THINK, Model, TextStream, opening_of
 from .layouts import (
     COMMON,
@@ -144,6 +144,7 @@ class Run:
         # but for the end of the context, where finishers need room
         budgets: tuple[int, ...] = (),
     ):
+        require(isinstance(model, Model), f"the model must be a Model, as load gives it, not {model!r}")
         workers = whole_number(workers, "workers")
         max_steps = whole_number(max_steps, "max_steps")
         seed = whole_number(seed, "seed")
@@ -160,6 +161,8 @@ class Run:
         require(layout in [*LAYOUTS], f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
         require(max_steps >= 1, f"max_steps is {max_steps}: it must be at least 1")
         require(0 <= seed < 2**32, f"seed is {seed}: it must be from 0 to 2**32 - 1")
+        with refusing("budgets must be a tuple of whole numbers"):
+            budgets = tuple(whole_number(budget, "a budget") for budget in budgets)
         in_order = list(budgets) == sorted(set(budgets)) and all(1 <= budget <= max_steps for budget in budgets)
         require(in_order, f"budgets are {list(budgets)}: they must increase, from 1 to max_steps, {max_steps}")
         require(self.words.boxed or not budgets, "budgets ask for a boxed answer, and these words have `boxed` off")
@@ -175,7 +178,8 @@ class Run:
         text = prompt_text(self.words, layout, workers, problem)
         self._require_may_fit(text)
         self.prompt = model.tokenizer.chat(text)  # token ids
-        require(problem.strip() and self.prompt, "the prompt is empty")
+        require(problem.strip(), "the prompt is empty")
+        require(self.prompt, f"{model.folder}: its chat template, or its tokenizer, makes nothing of the prompt")
         if self.shared:
             self.prompt = self.prompt + self._opening()
         # Headers and roles: token ids, by block
@@ -184,7 +188,7 @@ class Run:
             for name, role in zip(names, self.words.roles):
                 self.fixed_texts[role_block_of(name)] = self._encode(fill(role, name=name, problem=problem))
         self.workers = [self._make_worker(name, names) for name in names]
-        self.budgets = tuple(budgets)
+        self.budgets = budgets
         asks_for_answer = bool(budgets) or (self.words.boxed and "\\boxed" in text)
         self.finishers = self._make_finishers() if asks_for_answer else []
         self.answer_at: dict[int, str | None] = {}  # by budget, of those that have been reached while workers wrote

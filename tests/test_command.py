@@ -14,6 +14,8 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +240,31 @@ def test_a_prompt_from_everywhere(command, tmp_path):
     assert results["argument"] == results["standard input"] == results["dash"]
     other = command("How much is 2 + 3, in English?", "--max-steps", 5)[1]
     assert other != results["argument"][0]
+
+
+def test_a_standard_input_that_does_not_block_is_read_to_its_end(monkeypatch):
+    """As some programs leave it to those that they start."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def write_slowly() -> None:
+        with open(writing, "wb", buffering=0) as file:
+            for part in (b"one ", b"two"):
+                time.sleep(0.2)
+                file.write(part)
+
+    with open(reading) as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        threading.Thread(target=write_slowly).start()
+        assert generate.read_standard_input(wait_for_typing=True) == "one two"
+
+
+@pytest.mark.parametrize("option", ["prompts", "model", "json"])
+def test_a_value_that_is_far_too_long_does_not_crowd_out_what_is_wrong_with_it(command, option):
+    code, _, err = command("hi", f"--{option}", "y" * 6000, "--max-steps", 1)
+    reasons = {"prompts": "name too long", "model": "neither a folder nor", "json": "no file can be written"}
+    assert code == 2
+    assert_one_line(err, "minihogwild", "yyy", reasons[option])
 
 
 def test_help(command):
@@ -794,17 +821,30 @@ def test_workers_may_be_called_like_blocks(command, script, tmp_path):
 MODULE = [sys.executable, "-m", "minihogwild.generate"]
 
 
-def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp_path):
+MODULE_AT_ONCE = [sys.executable, "-Bmminihogwild.generate"]
+
+
+@pytest.mark.parametrize("path_ends", ["", os.pathsep])  # an empty entry is the current folder
+@pytest.mark.parametrize("start", [MODULE, MODULE_AT_ONCE], ids=["apart", "at once"])
+def test_nothing_of_a_model_folder_is_imported_where_that_is_the_current_one(tmp_path, start, path_ends):
     """`python -m` looks there first: a folder from a stranger could bring a psutil of its own."""
     model = Path(shutil.copytree(generate.DUET, tmp_path / "model"))
     package = generate.DUET.parent
-    for name in ("psutil", "torch", "json", "numpy", "tokenizers", "safetensors", "argparse"):
+    for name in ("psutil", "torch", "json", "numpy", "tokenizers", "safetensors", "argparse", "signal", "threading"):
         (model / f"{name}.py").write_text("raise SystemExit('a stranger runs')\n")
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    environment = os.environ | {"PYTHONPATH": f"{package.parent}{path_ends}"}
     options = ["--model", ".", "--max-steps", "2", "--plain"]
-    done = subprocess.run([*MODULE, *options], cwd=model, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*start, *options], cwd=model, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a stranger runs" not in done.stderr
+
+
+def test_the_current_folder_may_be_gone(tmp_path):
+    """As far as it is ours: some builds of PyTorch cannot be imported there, and say so."""
+    environment = os.environ | {"PYTHONPATH": str(generate.DUET.parent.parent)}
+    start = f"cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m minihogwild.config"
+    done = subprocess.run(["bash", "-c", start], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 OPTIONS_WITH_A_VALUE = ["workers", "temperature", "seed", "max-steps", "top-k", "dtype", "pace", "context", "quantize"]
@@ -850,13 +890,24 @@ def test_bad_input_to_a_process_gives_one_line(folder):
     assert_one_line(err, "minihogwild", "UTF-8")
 
 
-def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path):
+@pytest.mark.parametrize("closed", [">&- <&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_standard_streams_are_no_failure_of_ours(folder, tmp_path, closed):
     path = tmp_path / "result.json"
     options = f"--model {folder} --device cpu --max-steps 2 --json {path}"
-    code, _, err = process(["bash", "-c", f"{script_path()} hi {options} >&- <&-"])
+    code, _, err = process(["bash", "-c", f"{script_path()} hi {options} {closed}"])
     assert "Traceback" not in err
     assert code == 0
     assert json.loads(path.read_text("utf-8"))["forward_steps"] == 2
+
+
+def test_without_standard_error_what_belongs_there_is_not_among_the_results(folder):
+    assert process(["bash", "-c", f"{script_path()} hi --model {folder} --workers 99 2>&-"])[:2] == (2, "")
+
+
+def test_a_program_without_standard_error_can_load(folder, monkeypatch):
+    """As one without a console has none on Windows."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert load(folder, device="cpu").folder == folder
 
 
 def test_a_small_model_takes_one_thread(command, folder):

@@ -99,6 +99,9 @@ def duet():
 WRONG_TO_LOAD = [("device", value) for value in ("xpu", "", 5, [], None, "cuda:7")]
 WRONG_TO_LOAD += [("dtype", value) for value in ([], {}, 5, None, "half")]
 WRONG_TO_LOAD += [("name", value) for value in (5, None, [], b"x")]
+WRONG_TO_LOAD += [("folder", value) for value in (5, [], b"x", "nosuch")]
+WRONG_TO_LOAD += [("quantize", value) for value in (3, 0, "8", [], True)]
+WRONG_TO_LOAD += [("context", value) for value in (0, -1, "x", 2.5, [])]
 
 
 @pytest.mark.parametrize(("what", "value"), WRONG_TO_LOAD, ids=repr)
@@ -111,13 +114,14 @@ def test_load_refuses_what_is_no_such_thing(what, value):
 WRONG_TO_RUN = [("workers", value) for value in ("2", 2.0, None, [], 0, 17)]
 WRONG_TO_RUN += [("problem", value) for value in (5, None, [], b"x")]
 WRONG_TO_RUN += [("max_steps", "5"), ("max_steps", -1), ("seed", "x"), ("seed", 0.5), ("layout", 5), ("layout", [])]
-WRONG_TO_RUN += [("sampling", 5), ("prompts", 5)]
+WRONG_TO_RUN += [("sampling", 5), ("prompts", 5), ("model", "duet"), ("model", None)]
+WRONG_TO_RUN += [("budgets", value) for value in (5, None, "12", ["a"], [None], [1.5], [3, 2])]
 
 
 @pytest.mark.parametrize(("what", "value"), WRONG_TO_RUN, ids=repr)
 def test_a_run_refuses_what_is_no_such_thing(duet, what, value):
     with pytest.raises(InputError, match=what):
-        Run(duet, **{"problem": "a = 1", what: value})
+        Run(**{"model": duet, "problem": "a = 1", what: value})
 
 
 WRONG_STEPS = [
@@ -129,6 +133,10 @@ WRONG_STEPS = [
     ([["a"]], [[]]),
     (["a"], [[1]]),
     ([[1]], [[1]]),
+    ([[["a"]]], [[1]]),
+    ([5], [[1]]),
+    (None, [[1]]),
+    ([["a"]], None),
 ]
 
 

@@ -76,6 +76,22 @@ def out(tmp_path) -> Path:
     return tmp_path / "results.jsonl"
 
 
+@pytest.mark.parametrize("which", ["problems", "out"])
+def test_a_pipe_is_not_waited_for(folder, problems, out, which):
+    """Both files are read more than once: the results are gone on with."""
+    files = {"problems": problems, "out": out}
+    files[which] = out.with_name("pipe")
+    os.mkfifo(files[which])
+    options = ["--out", files["out"], "--model", folder, "--device", "cpu"]
+    with start("minihogwild.evaluate", files["problems"], *options) as running:
+        try:
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 2
+    assert_one_line(err, "minihogwild.evaluate", str(files[which]), "it is not a file")
+
+
 def write(path: Path, *entries: dict) -> Path:
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
     return path

@@ -342,6 +342,13 @@ def test_ids_with_gaps(folder):
     assert "ids are missing below 1000001: 257 is one" in assert_run_or_refused(folder)
 
 
+@pytest.mark.parametrize("template", ["", "{% if 0 %}x{% endif %}"])
+def test_a_template_that_gives_nothing_is_not_blamed_on_the_prompt(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    err = assert_run_or_refused(folder)
+    assert f"{folder}: its chat template, or its tokenizer, makes nothing of the prompt" in err
+
+
 ATTACKS = {
     "loops for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "1 seconds"),
     "one product that never ends": ("{{ 9 ** (9 ** (9 ** 9)) }}", "1 seconds"),

@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -701,11 +703,39 @@ def test_a_hub_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     assert asked == [("someone/tiny-model", 5), True]
 
 
-def test_a_server_that_never_answers(tmp_path: Path):
+@pytest.mark.parametrize("asked", ["fetch", "fetch_config"])
+def test_a_server_that_never_answers(tmp_path: Path, asked):
     """As it is, with the library's own waiting and asking again: it was ten minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
-        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 0.3; loading.fetch('some/model')"
-        command = [sys.executable, "-c", program]
+        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 0.3; loading.ASKED('some/model')"
+        command = [sys.executable, "-c", program.replace("ASKED", asked)]
         done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
     assert "the hub cannot be reached, and nothing of it is kept here" in done.stderr
+
+
+class Overloaded(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(self.server.status)
+        self.send_header("Retry-After", "100")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *what):
+        """Nothing."""
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("options", [[], ["--plan"]])
+def test_a_server_that_has_too_much_to_do_is_told_in_one_line(tmp_path: Path, status, options):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        server.status = status
+        threading.Thread(target=server.serve_forever).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "minihogwild.generate", "--model", "some/model", *options]
+        done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 2
+    assert "the hub cannot be reached, and nothing of it is kept here" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr

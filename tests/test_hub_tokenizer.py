@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import time
@@ -405,6 +406,57 @@ def test_a_tokenizer_that_makes_texts_grow_without_end_is_refused(tmp_path: Path
     path.write_text(json.dumps(data | {part: GROWING[case]}))
     message = refusal(Tokenizer, tmp_path)
     assert message.startswith(f"{path} cannot be read: its {part} ")
+
+
+BYTE_LEVEL_STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def template(pieces: list[dict], ids: list[int]) -> dict:
+    tokens = {"x": {"id": "x", "ids": ids, "tokens": ["x"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": tokens}
+
+
+def charsmap(replacement: bytes) -> dict:
+    """A table of characters and what replaces them: a trie of no nodes, and then texts that end in a zero."""
+    table = (0).to_bytes(4, "little") + b"a\0" + replacement + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+MORE_THAT_GROW = [
+    ("normalizer", sequence(*[BYTE_LEVEL_STEP] * 40)),  # two bytes of a character become two characters
+    ("pre_tokenizer", sequence(*[BYTE_LEVEL_STEP] * 40)),
+    ("normalizer", charsmap(b"a" * 5000)),
+    ("normalizer", sequence(*[charsmap(b"aa")] * 40)),
+    ("post_processor", template([PIECE] * 5000, [])),
+    ("post_processor", sequence(*[template([PIECE] * 2, [])] * 40)),
+    ("post_processor", template([PIECE, *[{"SpecialToken": {"id": "x", "type_id": 0}}] * 100], [1] * 100)),
+]
+
+
+@pytest.mark.parametrize(("part", "steps"), MORE_THAT_GROW)
+def test_other_steps_make_texts_grow_too(tmp_path: Path, part, steps):
+    save(tmp_path, "smollm")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: steps}))
+    assert refusal(Tokenizer, tmp_path).startswith(f"{path} cannot be read: its {part} ")
+
+
+PANICS = {
+    "normalizer": replace_step({"Regex": "(a+)+$"}, "x"),  # tries too many ways
+    "decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 5},  # cuts beyond the beginning
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_where_the_library_panics_an_error_like_all_others_is_raised(tmp_path: Path, part):
+    """Its own is no Exception: whoever keeps results when one comes would lose them."""
+    save(tmp_path, "smollm")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: PANICS[part]}))
+    tokenizer = Tokenizer(tmp_path)
+    work = {"normalizer": lambda: tokenizer.encode("a" * 40 + "!"), "decoder": lambda: tokenizer.texts}
+    assert "the tokenizer fails" in refusal(work[part])
 
 
 def test_replacements_as_known_tokenizers_have_them_are_read(tmp_path: Path):

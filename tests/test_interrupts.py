@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,15 +73,22 @@ run_command(lambda options: 0, Parser("test"), None)
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8])
-def test_in_the_first_moments_there_is_no_traceback(seconds):
+STARTED_BY_MODULE = [["-m", f"minihogwild.{name}"] for name in ("generate", "evaluate", "replay", "compare")]
+PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+MODULE, FUNCTION = re.search(r'^minihogwild = "(.+):(.+)"$', PYPROJECT, re.MULTILINE).groups()
+STARTED_BY_SCRIPT = ["-c", f"import sys; from {MODULE} import {FUNCTION}; sys.exit({FUNCTION}())"]
+
+
+@pytest.mark.parametrize("started", [*STARTED_BY_MODULE, STARTED_BY_SCRIPT], ids=lambda started: started[1])
+def test_in_the_first_moments_there_is_no_traceback(tmp_path, started):
     """PyTorch is being imported."""
-    with start(*GENERATE, "--max-steps", 1000) as running:
-        time.sleep(seconds)
-        running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
-    assert running.returncode in (130, -signal.SIGINT)
-    assert "Traceback" not in err
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    package = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"}
+    python = [sys.executable, *started]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, preexec_fn=answer_all_signals)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
 
 
 def test_the_first_signal_asks_and_the_second_cuts_off_unless_all_is_being_kept():

@@ -281,11 +281,13 @@ def test_names_of_tensors():
 
 
 @pytest.mark.parametrize("given", ["0:2", "1:3", ":3", "2:", ":", "4:4", "3:2", "0:99", "90:99", "-2:", ":-2", "-99:2"])
-def test_events_are_limited_as_python_slices_are(tmp_path, given):
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_events_are_limited_as_python_slices_are(tmp_path, given, is_apart):
+    spelled = ["--events", given] if is_apart else [f"--events={given}"]
     events = [PROMPT, wrong_step(), MOVE, wrong_step(), wrong_step(tokens=[[5]])]
     assert replayed(tmp_path, schedule(*events), of=TINY)[0] == 0
     whole = written(tmp_path)
-    code, _, err = replayed(tmp_path, schedule(*events), f"--events={given}", of=TINY)
+    code, _, err = replayed(tmp_path, schedule(*events), *spelled, of=TINY)
     assert code == 0
     found = written(tmp_path)
     start, stop = (int(end) if end else None for end in given.split(":"))

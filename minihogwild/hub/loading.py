@@ -9,7 +9,7 @@ import huggingface_hub  # imports what is asked of it, and only then
 import torch
 
 from ..config import Config
-from ..errors import InputError, refusing, require
+from ..errors import InputError, refusing, require, whole_number
 from ..files import read_json, read_json_if_there
 from ..sampling import Sampling
 from ..weights import Weights, name_of_dtype
@@ -89,9 +89,14 @@ def load(
     without our support.
     """
     require(isinstance(name, (str, Path)), f"a model is named by a text or a path, not by {name!r}")
+    require(quantize in (None, 4, 8), f"quantize is {quantize!r}: it must be 8, 4 or None")
+    if context is not None:
+        context = whole_number(context, "context")
+        require(context >= 1, f"context is {context}: it must be at least 1")
     device = choose_device(device)
     if folder is None:
         folder = fetch(str(name))
+    require(isinstance(folder, Path), f"folder must be a Path, as fetch gives it, not {folder!r}")
     settings = read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         logger.warning("adapter_config.json: the adapter is not applied")
@@ -191,7 +196,10 @@ def fetch_config(name: str) -> dict:
     """config.json of the local folder or hub repository of that name, without anything else of it."""
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
-        path = folder / "config.json" if folder else Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        if folder is None:
+            path = Path(huggingface_hub.hf_hub_download(name, "config.json", **what_is_kept(name)))
+        else:
+            path = folder / "config.json"
     return read_config(path)
 
 
@@ -205,19 +213,24 @@ def fetch(name: str) -> Path:
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
-            what_is_kept = {} if hub_answers(name) else {"local_files_only": True}
             download = huggingface_hub.snapshot_download
-            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept))
+            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept(name)))
     close_bars()
     return folder
 
 
+def what_is_kept(name: str) -> dict:
+    """What a download is told where the hub does not answer: to take what is kept here."""
+    return {} if hub_answers(name) else {"local_files_only": True}
+
+
 def hub_answers(name: str) -> bool:
-    """A hub that can be reached and then says nothing would be waited for, for minutes."""
+    """A hub that says nothing, or that it has too much to do, would be waited for, for minutes."""
     try:
         huggingface_hub.HfApi().repo_info(name, timeout=HUB_SECONDS)
-    except Exception as error:  # each version of the library has others; all but this one will come again
-        return "Timeout" not in type(error).__name__
+    except Exception as error:  # each version of the library has others; all but these will come again
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        return "Timeout" not in type(error).__name__ and status != 429 and status < 500
     return True
 
 

@@ -1,5 +1,7 @@
 """A progress bar on standard error, for downloads and whatever else takes long."""
 
+import sys
+
 from huggingface_hub.utils import tqdm
 
 
@@ -8,7 +10,8 @@ class Bar(tqdm):
 
     def __init__(self, *args, **options):
         options["leave"] = False
-        options["disable"] = None  # tqdm's word for: where standard error is not a terminal
+        # None is tqdm's word for: where standard error is not a terminal. It may also be closed
+        options["disable"] = True if sys.stderr is None else None
         super().__init__(*args, **options)
 
 

@@ -4,6 +4,7 @@ What a user types is text. Control tokens (`<|im_end|>`, `<think>`, ...) come fr
 in a prompt they are encoded as the characters they are.
 """
 
+import base64
 import json
 import re
 import secrets
@@ -13,14 +14,14 @@ from pathlib import Path
 import tokenizers
 
 from ..errors import refusing, require
-from ..files import read_json
+from ..files import is_unicode, read_json
 from .added_tokens import read_added_tokens, require_ids, with_ids
 from .chat_template import read_chat_template, render_chat
 
 NEUTRAL = "·x0-+=~^"  # one of these begins no control token
 THINK, END_OF_THINK = "<think>", "</think>"
 VARIANTS = 3  # of a conversation: see `_render`
-MOST_STEPS = 1000  # of a normalizer and the like; known ones have ten
+MOST_STEPS = 100  # of a normalizer and the like; known ones have ten
 MOST_GROWTH = 1000  # times that they may make a text longer
 
 
@@ -149,7 +150,8 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens."""
         shown = [token for token in ids if token not in self.hidden]
-        return self.reads_text.decode(shown, skip_special_tokens=False)
+        with refusing("the tokenizer fails"):
+            return self.reads_text.decode(shown, skip_special_tokens=False)
 
     def name_of(self, token: int) -> str | None:
         """How the tokenizer spells one token, also a special one; None for an id that it does not have."""
@@ -203,7 +205,8 @@ def is_control(token: dict, template: str | None) -> bool:
 
 
 def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
-    with refusing(f"not valid UTF-8: {text[:200]!r}"):
+    require(is_unicode(text), f"not valid UTF-8: {text[:200]!r}")
+    with refusing("the tokenizer fails"):
         return tokenizer.encode(text, add_special_tokens=whole).ids
 
 
@@ -279,7 +282,7 @@ def require_modest(data: dict) -> None:
 
     The library never returns from that, and no signal ends it. (Whatever else is wrong, it says itself.)
     """
-    for name in ("normalizer", "pre_tokenizer", "decoder"):
+    for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         steps = steps_of(data.get(name))
         require(len(steps) <= MOST_STEPS, f"its {name} has {len(steps)} steps: {MOST_STEPS} are the most")
         growth = 1.0
@@ -299,9 +302,37 @@ def steps_of(part: object) -> list[dict]:
 
 
 def growth_of(step: dict) -> float:
-    """How many times as long a text may become by a replacement; other steps add little."""
-    pattern, content = step.get("pattern"), step.get("content")
-    if not isinstance(pattern, dict) or not isinstance(content, str):
-        return 1.0
+    """How many times as long a text may become by a step, at the most; those not named here add little."""
+    kind = step.get("type")
+    if kind == "Replace":
+        return growth_of_replacement(step["pattern"], step["content"])
+    if kind == "ByteLevel":
+        return 2.0  # a byte becomes a character of two
+    if kind == "BertNormalizer":
+        return 3.0  # a Chinese character gets a space on either side
+    if kind == "Precompiled":
+        return longest_replacement(step["precompiled_charsmap"])
+    if kind == "TemplateProcessing":
+        return length_of_template(step)
+    return 1.0
+
+
+def growth_of_replacement(pattern: dict, content: str) -> float:
     replaced = pattern.get("String", "x")  # an expression may match a single character
     return max(1.0, len(content) / max(1, len(replaced)))
+
+
+def longest_replacement(charsmap: str) -> float:
+    """Of a table of characters and what replaces them: the size of a trie, the trie, and texts that end in a zero."""
+    table = base64.b64decode(charsmap)
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return max(1.0, *map(len, texts.split(b"\0")))
+
+
+def length_of_template(step: dict) -> float:
+    """How often the text stands in it, and how many tokens are put around that."""
+    length = 0.0
+    for piece in step["single"]:
+        special = piece.get("SpecialToken")
+        length += len(step["special_tokens"][special["id"]]["ids"]) if special else 1
+    return max(1.0, length)
