@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,7 +31,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from minihogwild.hub import Tokenizer, render_template
+from minihogwild.errors import InputError
+from minihogwild.hub import Tokenizer, chat_template, render_template
 from minihogwild.hub import tokenizer as tokenizer_module
 
 # ---- templates as found on the hub
@@ -340,7 +343,7 @@ def test_no_neighbour_of_the_program_stands_in_for_a_module(tmp_path: Path, name
     program = Path(shutil.copy(render_template.__file__, tmp_path))
     (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
     done = rendered(program, Path.cwd())
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", '["hello!"]\n')
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", '{"texts": ["hello!"]}\n')
 
 
 @pytest.mark.parametrize("path", ["", ".", "{here}", "{here}/", "nowhere:"], ids=repr)
@@ -351,7 +354,7 @@ def test_no_file_of_the_current_folder_stands_in_for_a_module(tmp_path: Path, pa
     # What else is in PYTHONPATH remains.
     found_elsewhere = os.pathsep.join([path.format(here=tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = rendered(Path(render_template.__file__), tmp_path, PYTHONPATH=found_elsewhere + os.pathsep)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", '["hello!"]\n')
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", '{"texts": ["hello!"]}\n')
 
 
 def test_no_module_of_the_package_stands_in_for_another(tmp_path: Path):
@@ -365,7 +368,7 @@ def test_no_module_of_the_package_stands_in_for_another(tmp_path: Path):
     program = Path(shutil.copy(render_template.__file__, package / "hub"))
     found_elsewhere = [str(package), str(drawer), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = rendered(program, Path.cwd(), PYTHONPATH=os.pathsep.join(found_elsewhere))
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", '["hello!"]\n')
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", '{"texts": ["hello!"]}\n')
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows deletes no folder that is in use")
@@ -377,7 +380,7 @@ def test_the_current_folder_may_have_been_deleted(tmp_path: Path):
     )
     script = f"rmdir '{gone}'; exec '{sys.executable}' '{render_template.__file__}'"
     done = subprocess.run(["sh", "-c", script], cwd=gone, input=request, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, '["a!"]\n')
+    assert (done.returncode, done.stdout) == (0, '{"texts": ["a!"]}\n')
 
 
 FAILING = {
@@ -412,6 +415,40 @@ def test_a_template_that_loops_ends_also_without_a_parent():
     request = {"template": endless, "special_tokens": {}, "prompts": ["hello"], "allowed": 100}
     child = subprocess.run([sys.executable, render_template.__file__], input=json.dumps(request).encode(), timeout=120)
     assert child.returncode < 0  # by a signal
+
+
+def test_a_template_keeps_its_process_until_it_fails():
+    """To start one takes longer than to render. One that has ended, for whatever reason, is replaced."""
+    template = "{{ messages[0].content }}{% if messages[0].content == 'bad' %}{{ 1 / 0 }}{% endif %}?"
+
+    def chat(prompt: str) -> int:
+        assert chat_template.render_chat(template, {}, [prompt]) == [prompt + "?"]
+        return chat_template.waiting[template].pid
+
+    first = chat("one")
+    assert chat("two\nlines, ü, \u2028 and \ud83d") == first
+    assert chat_template.render_chat("another one", {}, ["x"]) == ["another one"]
+    assert chat_template.waiting["another one"].pid != first
+    os.kill(first, signal.SIGKILL)
+    chat_template.waiting[template].wait()
+    second = chat("three")
+    assert second != first
+    with pytest.raises(InputError, match="division by zero"):
+        chat_template.render_chat(template, {}, ["bad"])
+    assert template not in chat_template.waiting
+    assert chat("four") != second
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_templates_process_ends_with_its_parent():
+    program = "from minihogwild.hub import chat_template as c; c.render_chat('a', {}, ['b']); print(c.waiting['a'].pid)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for _ in range(100):
+        if not Path("/proc", done.stdout.strip()).exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still there")
 
 
 def test_a_conversation_is_rendered_once(monkeypatch):

@@ -1,12 +1,14 @@
-"""Chat templates: programs by whoever made the model folder, rendered in a process of their own.
+"""Chat templates: programs by whoever made the model folder, each rendered in a process of its own.
 
-They may loop for ever, or ask for all the memory there is: so they get ten seconds, half a gigabyte, and a sandbox.
+They may loop for ever, or ask for all the memory there is: so they get ten seconds, half a gigabyte, and a sandbox. To
+start a process takes longer than to render: so it stays, for the next prompt.
 """
 
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from ..files import read_json_if_there, require_file
 PROGRAM = Path(__file__).with_name("render_template.py")
 SECONDS = 10  # that a template may take
 LENGTH = 2**20  # characters that it may add to those of the prompts
+
+waiting: dict[str, subprocess.Popen] = {}  # by template: processes that have rendered it, and may do so again
 
 
 @refusing("the chat template fails")
@@ -31,20 +35,51 @@ def render_chat(template: str, special_tokens: dict[str, str], prompts: list[str
         "prompts": prompts,
         "allowed": LENGTH + 10 * longest_prompt,  # a template may repeat the prompt
     }
+    process = waiting.pop(template, None)
+    if process is None or process.poll() is not None:  # there is none, or somebody has ended it
+        process = start_process()
+    answer = answer_of(process, request)
+    if "failure" in answer:
+        raise InputError(answer["failure"][-500:])
+    waiting[template] = process
+    return answer["texts"]
+
+
+def start_process() -> subprocess.Popen:
+    """It ends by itself when its standard input does, as when this process has ended."""
+    return subprocess.Popen(
+        [sys.executable, "-X", "utf8", str(PROGRAM)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # a crash's last words
+        encoding="utf-8",
+    )
+
+
+def answer_of(process: subprocess.Popen, request: dict) -> dict:
+    """{"texts": ...} or {"failure": why}; after a failure the process has ended."""
+    took_too_long = threading.Event()
+
+    def end_it():
+        took_too_long.set()
+        process.kill()
+
+    limit = threading.Timer(SECONDS, end_it)
+    limit.start()
+    answer = {"failure": "it crashes, or needs too much memory"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-X", "utf8", str(PROGRAM)],
-            input=json.dumps(request),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"it takes more than {SECONDS} seconds") from None
-    if done.returncode != 0:
-        reason = done.stderr[-500:]
-        raise InputError(reason if reason else "it crashes, or needs too much memory")
-    return json.loads(done.stdout)
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+    except (OSError, ValueError):  # it has ended, perhaps in the middle of its answer
+        if took_too_long.is_set():
+            answer = {"failure": f"it takes more than {SECONDS} seconds"}
+    finally:  # also where Ctrl-C comes
+        limit.cancel()
+        if "failure" in answer:
+            process.kill()
+            process.communicate()
+    return answer
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Renders chat templates as a process of its own: JSON on standard input, JSON on standard output.
+"""Renders chat templates as a process of its own: for each line of JSON on standard input, one on standard output.
 
 Beside jinja's sandbox a template gets a limit of memory here, where the system has one, and of time from the parent
 (`chat_template.render_chat`); here too, should the parent be gone. Nothing else of the package is imported.
@@ -27,12 +27,13 @@ if __name__ == "__main__":
 
 import json
 import re
+import signal
 from time import strftime
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BYTES = 2**29  # of address space
-SECONDS = 15  # of computing: more than the parent allows, for when it has died
+SECONDS = 15  # of computing, for one line: more than the parent allows, for when it has died
 # `{% generation %}` and `{% endgeneration %}`, around what a model is trained on: what stands before and after the name
 GENERATION_TAG = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})")
 
@@ -82,18 +83,27 @@ def fail(message: str):
 
 
 def limit_memory_and_time() -> None:
+    """For what is rendered from now on."""
     try:
         import resource
 
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + SECONDS
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     except (ImportError, ValueError, OSError):
         pass  # no such limits on Windows, nor all of them on macOS
 
 
-if __name__ == "__main__":
-    limit_memory_and_time()
+def answer(line: str) -> dict:
     try:
-        print(json.dumps(render(**json.load(sys.stdin))))
+        return {"texts": render(**json.loads(line))}
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        return {"failure": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, and this ends with it
+    for line in sys.stdin:
+        limit_memory_and_time()
+        print(json.dumps(answer(line)), flush=True)
