@@ -21,7 +21,8 @@ from .rope import rotate, rotation
 UNSEEN = 2**31 - 1
 
 # The fields of Plan that are tensors
-TABLES = ("offset", "visible", "own", "slot", "last", "page_block", "page_start", "page_count")
+TABLES_OF_ROWS = ("offset", "visible", "own", "slot", "last")
+TABLES = (*TABLES_OF_ROWS, "page_block", "page_start", "page_count")
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,26 @@ class Plan:
     # ordinary attention (gpu/attention.py). Else 0
     lone_block_length: int
 
-    def padded(self, blocks: int, pages: int) -> "Plan":
-        """The same plan, on the host, widened to `blocks` and `pages` columns; nobody sees the added ones.
+    def padded(self, rows: int, blocks: int, pages: int) -> "Plan":
+        """The same plan, on the host, enlarged to so many rows, blocks and pages.
 
-        So all steps with the same number of rows have tables of the same shapes, as a CUDA graph needs. (`page_count`
-        still says how many pages there are to look at.)
+        So steps of different sizes have tables of the same shapes, as a CUDA graph needs. An added row repeats the last
+        one, and writes the same once more to the same place; added blocks and pages are seen by nobody. (`page_count`
+        still says how many pages there are to look at.) Each row may be the last of a worker: `last` gets `rows` too.
         """
-        return replace(
-            self,
-            offset=in_larger(self.offset, (len(self.offset), blocks), 0),
-            visible=in_larger(self.visible, (len(self.visible), blocks), 0),
-            page_block=in_larger(self.page_block, (pages,), 0),
-            page_start=in_larger(self.page_start, (pages,), UNSEEN),
-            lone_block_length=0,
-        )
+        shapes = {
+            "offset": (rows, blocks),
+            "visible": (rows, blocks),
+            "own": (rows,),
+            "slot": (rows,),
+            "last": (rows,),
+            "page_block": (pages,),
+            "page_start": (pages,),
+        }
+        larger = {name: torch.empty(shape, dtype=torch.int64) for name, shape in shapes.items()}
+        for name, table in larger.items():
+            fill_larger(name, getattr(self, name), table.numpy())
+        return replace(self, **larger, lone_block_length=0)
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in TABLES]
@@ -85,13 +92,10 @@ class Plan:
         target = into.numpy()
         larger_tensors = self.tensors() if larger_plan is None else larger_plan.tensors()
         start = 0
-        for tensor, larger in zip(self.tensors(), larger_tensors):
+        for name, tensor, larger in zip(TABLES, self.tensors(), larger_tensors):
             stop = start + larger.numel()
             region = target[start:stop].reshape(larger.shape)  # a view: what is written to it is written to `into`
-            if tensor.shape != larger.shape:
-                region.fill(UNSEEN if tensor is self.page_start else 0)
-            corner = tuple(map(slice, tensor.shape))
-            region[corner] = tensor.numpy()
+            fill_larger(name, tensor, region)
             start = rounded_up(stop)
 
     def unpack(self, packed: Tensor) -> "Plan":
@@ -105,11 +109,14 @@ class Plan:
         return replace(self, **found)
 
 
-def in_larger(table: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
-    """The table, in the corner of a larger one that is else filled with `value`."""
-    larger = np.full(shape, value, dtype=np.int64)
-    larger[tuple(map(slice, table.shape))] = table.numpy()
-    return torch.from_numpy(larger)
+def fill_larger(name: str, table: Tensor, larger: np.ndarray) -> None:
+    """Write a plan's table into the corner of one that may be larger; what is left there is filled as `padded` says."""
+    if larger.shape != table.shape:
+        larger.fill(UNSEEN if name == "page_start" else 0)
+    corner = tuple(map(slice, table.shape))
+    larger[corner] = table.numpy()
+    if name in TABLES_OF_ROWS:
+        larger[len(table) :] = larger[len(table) - 1]
 
 
 def rounded_up(count: int) -> int:
@@ -135,12 +142,14 @@ class Positions:
     """What follows from a plan for all layers of one kind, computed on the device, once a step."""
 
     plan: Plan
-    page: Tensor  # [T]: where the new token is written: which page,
-    place: Tensor  # [T]: and where in it
+    # [T] each: where the new token is written, which page, and where in it; None from kernels' backend
+    page: Tensor | None
+    place: Tensor | None
     # cos and sin; the 1 stands for all heads, which are turned alike
     key_rotation: Tensor  # [2, T, 1, D]: to the token's index in its own block
     query_rotation: Tensor  # [2, T, B, 1, D]: by the distance from each block's start
     causal_mask: Tensor | None  # [T, 1, P, PAGE]: 0 where the row may look, -inf elsewhere; None from kernels' backend
+    pages_in_order: Tensor | None = None  # of a lone block, from kernels' backend: the numbers of its pages
 
 
 def positions_of(plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dtype: torch.dtype) -> Positions:

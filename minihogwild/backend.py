@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import LayerCache, Plan, Positions, append, attend, causal_mask_of
+from .attention import LayerCache, Plan, Positions, append, attend, causal_mask_of, positions_of
 from .config import Config
 from .weights import Layer, Matrix
 
@@ -57,6 +57,14 @@ class PyTorchBackend:
         """SiLU(gate) * up: [..., 2F] to [..., F]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def linear_and_swiglu(self, x: Tensor, gate_up: Matrix) -> Tensor:
+        """The product, and its SwiGLU: [T, E] to [T, F]."""
+        return self.swiglu(self.linear(x, gate_up))
+
+    def positions(self, plan: Plan, frequencies: Tensor, causal_mask: Tensor | None, dtype: torch.dtype) -> Positions:
+        """What follows from a plan, on the device, for all layers of one kind."""
+        return positions_of(plan, frequencies, causal_mask, dtype)
 
     def append(self, qkv: Tensor, layer: Layer, kv: LayerCache, positions: Positions, config: Config) -> Tensor:
         """Keys and values, of what was projected, [T, (H + 2K) D], go to the ends of their blocks.

@@ -48,7 +48,6 @@ class Cache:
         backend: PyTorchBackend | None = None,  # None: the fastest that there is
         page_size: int = PAGE,
     ):
-        require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
         self.config = config
         self.dtype = dtype
         self.page_size = page_size
@@ -60,13 +59,10 @@ class Cache:
         kinds = set(config.layer_kinds)
         self.frequencies = {kind: frequencies_of(kind, config).to(float64_device) for kind in kinds}
 
-        self.lengths = dict.fromkeys(blocks, 0)  # tokens, by block
-        self.pages: dict[str, list[int]] = {block: [] for block in blocks}
-        self.free: list[int] = []  # pages, lowest first, so that the pool stays dense at its start
         # For each page of the pool: the number of the block that owns it, and the index there of the page's first token
-        self.block_number = {block: number for number, block in enumerate(blocks)}
         self.page_owner = np.zeros(0, dtype=np.int64)
         self.page_start = np.zeros(0, dtype=np.int64)
+        self._name_blocks(blocks)
         self.pool_version = 0  # another one when layers have got new tensors: what points into the old ones is void
         self.broken_by: str | None = None  # what failed half-way: see `_changing`
 
@@ -79,6 +75,23 @@ class Cache:
             )
             for _ in config.layer_kinds
         ]
+
+    def _name_blocks(self, blocks: list[str]) -> None:
+        """These are the blocks from now on, all of them empty, and all pages are free."""
+        require(len(set(blocks)) == len(blocks), f"cache: block names must differ: {list(blocks)}")
+        self.lengths = dict.fromkeys(blocks, 0)  # tokens, by block
+        self.pages: dict[str, list[int]] = {block: [] for block in blocks}
+        self.block_number = {block: number for number, block in enumerate(blocks)}
+        self.page_owner.fill(NOBODY)
+        self.free = list(range(len(self.page_owner)))  # pages, lowest first, so that the pool stays dense at its start
+
+    def begin_anew(self, blocks: list[str]) -> None:
+        """Forget all that the cache holds, for a new run with other blocks; the pool keeps its size.
+
+        Raises InputError for names that do not differ.
+        """
+        with self._changing("a new beginning"):
+            self._name_blocks(blocks)
 
     # ---- what a step and a move do to blocks
 
@@ -188,28 +201,30 @@ class Cache:
             for block in view:
                 columns.setdefault(block, len(columns))
 
-        # A row for each token: where each block starts in its view, and how many of its tokens may be seen; 0 and 0
-        # for blocks out of view.
-        offset, visible, own, last, slots = [], [], [], [], []
+        # For each worker: where each block starts in its view, and how many of its tokens may be seen; 0 and 0 for
+        # blocks out of view.
+        starts, lengths, own_column, index, slots = [], [], [], [], []
         for view, count in zip(views, counts):
-            starts, lengths = [0] * len(columns), [0] * len(columns)
+            starts.append([0] * len(columns))
+            lengths.append([0] * len(columns))
             start = 0
             for block in view:
-                starts[columns[block]] = start
+                starts[-1][columns[block]] = start
                 # This step's tokens are counted already: each worker sees what the others write in this very step.
-                lengths[columns[block]] = self.lengths[block]
+                lengths[-1][columns[block]] = self.lengths[block]
                 start += self.lengths[block]
-            own_column = columns[view[-1]]
-            own_length = lengths[own_column]
-            for index in range(own_length - count, own_length):
-                # Of its own block, a token sees itself and what stands before it: all there is to a causal mask.
-                seen = lengths.copy()
-                seen[own_column] = index + 1
-                visible.append(seen)
-                offset.append(starts)
-                own.append(own_column)
+            own_column.append(columns[view[-1]])
+            own_length = self.lengths[view[-1]]
+            index += range(own_length - count, own_length)
             slots += self._slots(view[-1], own_length - count, own_length)
-            last.append(len(own) - 1)
+
+        # A row for each token: its worker's. But of its own block it sees itself and what stands before it: that is all
+        # there is to a causal mask.
+        offset = np.array(starts).repeat(counts, axis=0)
+        visible = np.array(lengths).repeat(counts, axis=0)
+        own = np.array(own_column).repeat(counts)
+        visible[np.arange(len(own)), own] = np.array(index) + 1
+        last = np.cumsum(counts) - 1
 
         # The pages of the pool up to the highest one that any view needs; those of other blocks among them are UNSEEN,
         # which hides all of their tokens from all rows.
@@ -223,11 +238,11 @@ class Cache:
         # Where one block is all that there is, as for a prompt, a backend may use ordinary attention.
         lone_block_length = self.lengths[views[0][-1]] if len(columns) == 1 else 0
         return Plan(
-            offset=torch.from_numpy(np.array(offset)),
-            visible=torch.from_numpy(np.array(visible)),
-            own=torch.from_numpy(np.array(own)),
+            offset=torch.from_numpy(offset),
+            visible=torch.from_numpy(visible),
+            own=torch.from_numpy(own),
             slot=torch.from_numpy(np.array(slots)),
-            last=torch.from_numpy(np.array(last)),
+            last=torch.from_numpy(last),
             page_block=torch.from_numpy(np.where(in_a_view, page_column, 0)),
             page_start=torch.from_numpy(page_start),
             page_count=torch.from_numpy(np.array([page_count])),

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .backend import choose_backend
-from .cache import Cache
+from .backend import PyTorchBackend
 from .commands import (
     DUET,
     Parser,
@@ -211,9 +210,7 @@ def solve(
     batch: Batch, problems: list[Problem], model: Model, words: Prompts, options: argparse.Namespace
 ) -> Iterator[dict]:
     """Run a batch to its end; yields the results, by the problems' indices."""
-    # Compiled and recorded steps are for one number of rows; in a batch it changes as runs end.
-    with_kernels = options.kernels == "auto" and options.batch == 1
-    backend = choose_backend(model.device, model.dtype, with_kernels)
+    backend = model.backend if options.kernels == "auto" else PyTorchBackend()
     workers, layout = batch.setting.workers, batch.setting.layout
     prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
     model.tokenizer.render_ahead(prompts)
@@ -234,13 +231,14 @@ def solve(
             )
         found[f"{number}: "] = PartsFound(problem.parts)
     blocks = [key + block for key, run in runs.items() for block in run.blocks]
-    cache = Cache(model.config, blocks, model.dtype, model.device, backend)
+    cache = model.cache_for(blocks, backend)
     for key, event in drive_together(runs, cache):
         if event["do"] in ("text", "retire"):
             for worker in runs[key].workers:
                 if worker.name == event["worker"]:
                     text, steps = worker.paragraphs[-1], runs[key].forward_steps
                     found[key].look(text, steps, is_whole=not worker.active)
+    model.idle_cache = cache
     for number, key in zip(batch.problems, runs):
         yield result_of(runs[key], number, problems[number], found[key], options.budgets)
 

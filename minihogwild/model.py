@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import LayerCache, Plan, Positions, positions_of
+from .attention import LayerCache, Plan, Positions
 from .backend import PyTorchBackend
 from .cache import Cache
 from .config import Config, LayerKind
@@ -30,34 +30,40 @@ def forward(tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan
     causal_mask = backend.causal_mask(plan, cache.compute_dtype)
     positions = {}
     for kind, frequencies in cache.frequencies.items():
-        positions[kind] = positions_of(plan, frequencies, causal_mask, cache.compute_dtype)
+        positions[kind] = backend.positions(plan, frequencies, causal_mask, cache.compute_dtype)
 
     x = F.embedding(tokens, weights.embed)  # [T, E]
+    change = torch.zeros_like(x)
     for kind, layer, kv in zip(config.layer_kinds, weights.layers, cache.layers):
-        x = transformer_layer(x, layer, kind, kv, positions[kind], config, backend)
-    last = backend.norm(x[plan.last], weights.norm, config.rms_norm_eps)  # the other tokens' logits are not needed
-    return backend.linear(last, weights.head)
+        x, change = transformer_layer(x, change, layer, kind, kv, positions[kind], config, backend)
+    _, y = backend.add_and_norm(x, change, weights.norm, config.rms_norm_eps)
+    return backend.linear(y[plan.last], weights.head)  # the other tokens' logits are not needed
 
 
 def transformer_layer(
     x: Tensor,
+    change: Tensor,
     layer: Layer,
     kind: LayerKind,
     kv: LayerCache,
     positions: Positions,
     config: Config,
     backend: PyTorchBackend,
-) -> Tensor:
-    """[T, E] in and out; the layer's part of the KV cache gets the new keys and values."""
-    y = backend.norm(x, layer.attn_norm, config.rms_norm_eps)
-    attended = self_attention(y, layer, kind, kv, positions, config, backend)
-    attended = backend.reduce(attended)  # the sum of several GPUs' parts; of one, as it is
-    x, y = backend.add_and_norm(x, attended, layer.mlp_norm, config.rms_norm_eps)
+) -> tuple[Tensor, Tensor]:
+    """(x, change) in and out, [T, E] each; the layer's part of the KV cache gets the new keys and values.
+
+    What a layer's second half changes about x is added to it by who comes next: the next layer, or the last norm. So
+    every sum is followed by a norm, and a backend may do both at once.
+    """
+    x, y = backend.add_and_norm(x, change, layer.attn_norm, config.rms_norm_eps)
+    change = self_attention(y, layer, kind, kv, positions, config, backend)
+    change = backend.reduce(change)  # the sum of several GPUs' parts; of one, as it is
+    x, y = backend.add_and_norm(x, change, layer.mlp_norm, config.rms_norm_eps)
     if layer.router is None:
-        transformed = mlp(y, layer.gate_up, layer.down, backend)
+        change = mlp(y, layer.gate_up, layer.down, backend)
     else:
-        transformed = mixture_of_experts(y, layer, config, backend)
-    return x + backend.reduce(transformed)
+        change = mixture_of_experts(y, layer, config, backend)
+    return x, backend.reduce(change)
 
 
 def self_attention(
@@ -78,7 +84,7 @@ def self_attention(
 
 def mlp(x: Tensor, gate_up: Matrix, down: Matrix, backend: PyTorchBackend) -> Tensor:
     """SwiGLU: [T, E] in and out."""
-    return backend.linear(backend.swiglu(backend.linear(x, gate_up)), down)
+    return backend.linear(backend.linear_and_swiglu(x, gate_up), down)
 
 
 def mixture_of_experts(x: Tensor, layer: Layer, config: Config, backend: PyTorchBackend) -> Tensor:

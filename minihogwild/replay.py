@@ -154,7 +154,7 @@ def replay(
     if oracle:
         machine = Oracle(config, model.weights, blocks)
     elif cache is None:
-        machine = Cache(config, blocks, model.dtype, model.device)
+        machine = model.cache_for(blocks)
     else:
         machine = cache
     lengths = dict.fromkeys(blocks, 0)
@@ -287,7 +287,7 @@ def command(options: argparse.Namespace) -> int:
 
     cache = None
     if options.kernels == "off" and not options.oracle:
-        cache = Cache(model.config, schedule["blocks"], model.dtype, model.device, PyTorchBackend())
+        cache = model.cache_for(schedule["blocks"], PyTorchBackend())
     results = replay(schedule, model, options.oracle, cache)
     digests = DigestCheck(events)
     if not options.oracle:  # whose bits are its own, even in float64

@@ -32,7 +32,7 @@ from statistics import mode
 import torch
 from torch import Tensor
 
-from .backend import PyTorchBackend, choose_backend
+from .backend import PyTorchBackend
 from .cache import Cache
 from .errors import refusing, require, whole_number
 from .hub import END_OF_THINK, Model, TextStream, opening_of
@@ -144,7 +144,8 @@ class Run:
         # but for the end of the context, where finishers need room
         budgets: tuple[int, ...] = (),
     ):
-        require(isinstance(model, Model), f"the model must be a Model, as load gives it, not {model!r}")
+        # (By its type: to write out a whole model takes half a second, and `require` gets its words in any case.)
+        require(isinstance(model, Model), f"the model must be a Model, as load gives it, not a {type(model).__name__}")
         workers = whole_number(workers, "workers")
         max_steps = whole_number(max_steps, "max_steps")
         seed = whole_number(seed, "seed")
@@ -153,7 +154,7 @@ class Run:
         require(isinstance(self.words, Prompts), f"prompts must be a Prompts, not {self.words!r}")
         self.sampling = model.sampling if sampling is None else sampling
         require(isinstance(self.sampling, Sampling), f"sampling must be a Sampling, not {self.sampling!r}")
-        self.backend = choose_backend(model.device, model.dtype) if backend is None else backend
+        self.backend = model.backend if backend is None else backend
         if layout is None:
             layout = "combined" if workers > 1 else "independent"
         most = min(len(self.words.names), MOST_WORKERS)
@@ -292,20 +293,25 @@ class Run:
         return sorted(banned)
 
     def __iter__(self) -> Iterator[dict]:
-        """Run it, with a cache of its own; yields events. A step's event also holds its "logits", [W, V]."""
+        """Run it; yields events. A step's event also holds its "logits", [W, V]."""
         cache = self.new_cache()
         if self.model.device.type == "cuda" and self.can_run_ahead:
             from .gpu.pipeline import drive_ahead  # not above: without a GPU, nothing of it is imported
 
-            return drive_ahead(self, cache)
-        return drive(self, cache)
+            return self._in(cache, drive_ahead(self, cache))
+        return self._in(cache, drive(self, cache))
+
+    def _in(self, cache: Cache, events: Iterator[dict]) -> Iterator[dict]:
+        """These events; then the cache is free for the next run. (Not where this one fails: it may hold NaN.)"""
+        yield from events
+        self.model.idle_cache = cache
 
     def new_cache(self) -> Cache:
         """A cache with this run's blocks, for a driver. A Run runs once, and so this can be asked for once."""
         if self._has_cache:
             raise RuntimeError("a Run runs once: make another")
         self._has_cache = True
-        return Cache(self.model.config, self.blocks, self.model.dtype, self.model.device, self.backend)
+        return self.model.cache_for(self.blocks, self.backend)
 
     # ---- what it wants
 
@@ -795,9 +801,9 @@ def sample_rows(logits: Tensor, decision: Decision) -> Tensor:
     rows = torch.tensor(decision.rows).to(logits.device, non_blocking=True)
     chosen = logits[rows]  # a copy: what is recorded of a step are the logits without bans
     if decision.banned is not None:
-        chosen[:, decision.banned] = -torch.inf
+        chosen.index_fill_(1, decision.banned, -torch.inf)  # (as an assignment it would wait for the device)
     for row in decision.first_rows:
-        chosen[row, decision.banned_first] = -torch.inf
+        chosen[row].index_fill_(0, decision.banned_first, -torch.inf)
     return sample(chosen, decision.sampling, decision.generators)
 
 

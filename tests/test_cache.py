@@ -196,11 +196,31 @@ def test_padded_plans_keep_their_shapes_while_texts_grow():
     cache.extend([["a"]], [1000])
     shapes, sizes = set(), set()
     for n in range(1, 1500):
-        plan = cache.extend([["a", "b"], ["b", "a", "c"]], [1, 1]).padded(len(BLOCKS), len(cache.page_owner))
+        plan = cache.extend([["a", "b"], ["b", "a", "c"]], [1, 1]).padded(2, len(BLOCKS), len(cache.page_owner))
         shapes.add((plan.lone_block_length, *(tensor.shape for tensor in plan.tensors())))
         sizes.add(len(cache.layers[0].keys))
         assert plan.visible.tolist() == [[1000, n, 0, 0], [1000, n, n, 0]]
     assert len(shapes) == len(sizes) > 1
+
+
+def test_a_new_beginning_is_as_a_new_cache():
+    """Whatever was there before: which pages are taken, and so the order of sums, and what is refused."""
+    used = Cache(SHAPE, BLOCKS, torch.float32)
+    used.extend([["a"], ["a", "b"]], [200, 100])
+    used.move("b", "c")
+    used.drop("a")
+    used.begin_anew(["x", "y"])
+    new = Cache(SHAPE, ["x", "y"], torch.float32)
+    for cache in (used, new):
+        cache.extend([["x"], ["x", "y"]], [100, 300])
+        cache.move("y", "x")
+    assert used.lengths == new.lengths == {"x": 400, "y": 0}
+    assert used.pages == new.pages
+    assert used.free == [page for page in range(len(used.page_owner)) if page not in used.pages["x"]]
+    with pytest.raises(InputError, match="must differ"):
+        used.begin_anew(["z", "z"])
+    assert used.lengths == new.lengths
+    used.extend([["x"]], [1])  # it can still be used
 
 
 # ---- when memory is out

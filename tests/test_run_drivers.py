@@ -6,6 +6,7 @@ And the engine below: whatever a run's schedule, the slow oracle gives the same 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from scripted import (
     LAYOUTS_THAT_SHARE,
     PROBLEM,
     WORDS,
+    ScriptedBackend,
+    ScriptedRun,
     assert_agrees_with_oracle,
     record,
 )
 from tiny import END, ids_of
 
-from minihogwild import Run, Sampling, workers
+from minihogwild import InputError, Run, Sampling, workers
 from minihogwild.backend import PREFILL_CHUNK, PREFILL_SCORES, PyTorchBackend
 from minihogwild.gpu.pipeline import drive_ahead
 from minihogwild.layouts import COMMON
@@ -91,6 +94,56 @@ def test_a_run_runs_once(model):
     list(run)
     with pytest.raises(RuntimeError, match="once"):
         list(run)
+
+
+# ---- run after run
+
+
+def test_the_next_run_takes_over_the_cache_and_computes_the_same(model):
+    """Other layouts, workers and lengths, one after the other: each as in a model that has run nothing before."""
+    used, caches = replace(model), set()
+    for layout, count, steps in [
+        ("combined", 3, 30),
+        ("independent", 1, 5),
+        ("interleaved", 2, 60),
+        ("combined", 1, 9),
+    ]:
+        told = []
+        for one in (used, replace(model)):
+            run = Run(one, PROBLEM, count, layout, max_steps=steps, sampling=Sampling(1.0), prompts=ASKING)
+            told.append((list(run), result_of(run)))
+        assert told[0][1] == told[1][1]
+        for ours, theirs in zip(told[0][0], told[1][0], strict=True):
+            assert torch.equal(ours.pop("logits", torch.tensor(0)), theirs.pop("logits", torch.tensor(0)))
+            assert ours == theirs
+        caches.add(id(used.idle_cache))
+    assert len(caches) == 1
+
+
+def test_a_cache_is_lent_to_one_run_at_a_time_and_kept_for_its_own_backend(model):
+    model = replace(model)
+    list(Run(model, PROBLEM, max_steps=1, prompts=WORDS))
+    idle = model.idle_cache
+    first, second = (Run(model, PROBLEM, max_steps=1, prompts=WORDS).new_cache() for _ in range(2))
+    assert first is idle
+    assert second is not idle
+    list(Run(model, PROBLEM, max_steps=1, prompts=WORDS))
+    other = Run(model, PROBLEM, max_steps=1, prompts=WORDS, backend=PyTorchBackend())
+    assert other.new_cache().backend is other.backend
+    assert model.idle_cache is None  # its memory is not kept for nothing
+
+
+def test_a_run_that_is_cut_off_leaves_no_cache_behind(model):
+    model = replace(model)
+    events = iter(Run(model, PROBLEM, max_steps=9, prompts=WORDS))
+    next(events)
+    events.close()
+    assert model.idle_cache is None
+    run = ScriptedRun(model, PROBLEM, max_steps=9, prompts=WORDS, scripts={}, backend=ScriptedBackend())
+    run.backend.unsound = (4, 0)
+    with pytest.raises(InputError, match="NaN"):
+        list(run)
+    assert model.idle_cache is None
 
 
 # ---- the engine under the loop

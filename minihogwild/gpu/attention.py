@@ -11,12 +11,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import LayerCache, Positions
+from ..attention import LayerCache, Plan, Positions
 from ..config import Config
 from ..weights import Layer
 from .launch import OVERLAPPING, wait_for_predecessor
 
 PROGRAMS = 256  # that share one attention: about two for each processor of a large GPU
+
+
+# ---- once a step
+
+
+def positions(plan: Plan, frequencies: Tensor, dtype: torch.dtype) -> Positions:
+    """`attention.positions_of`, but for the mask: these kernels compare with `visible` themselves."""
+    T, B = plan.offset.shape
+    D = 2 * len(frequencies)
+    pages_in_order = None
+    if plan.lone_block_length > 0:
+        count = triton.cdiv(plan.lone_block_length, plan.page_size)
+        pages_in_order = plan.page_start.argsort()[:count]
+    rotations = frequencies.new_empty(2, T, 1 + B, 1, D, dtype=dtype)
+    _rotations[T, 1 + B](
+        plan.offset, plan.visible, plan.own, frequencies, rotations, HALF=D // 2,
+        WIDTH=triton.next_power_of_2(D // 2), num_warps=1, **OVERLAPPING,
+    )  # fmt: skip
+    return Positions(
+        plan=plan,
+        page=None,
+        place=None,
+        key_rotation=rotations[:, :, 0],
+        query_rotation=rotations[:, :, 1:],
+        causal_mask=None,
+        pages_in_order=pages_in_order,
+    )
+
+
+@triton.jit
+def _rotations(offset, visible, own, frequencies, rotations, HALF, WIDTH: tl.constexpr):
+    """The first program of a token: to its index in its own block; each other one: by the distance from a block."""
+    wait_for_predecessor()
+    t = tl.program_id(0).to(tl.int64)
+    T = tl.num_programs(0)
+    number = tl.program_id(1)
+    B = tl.num_programs(1) - 1
+    own_block = t * B + tl.load(own + t)
+    index = tl.load(visible + own_block) - 1  # a token sees its own block up to and including itself
+    position = tl.load(offset + own_block) + index
+    start = tl.load(offset + t * B + tl.maximum(number - 1, 0))
+    turn = tl.where(number == 0, index, position - start)
+
+    pair = tl.arange(0, WIDTH)
+    inside = pair < HALF
+    angle = turn.to(tl.float64) * tl.load(frequencies + pair, mask=inside, other=0.0)  # in float32 it would be off
+    cos = tl.cos(angle).to(rotations.dtype.element_ty)
+    sin = tl.sin(angle).to(rotations.dtype.element_ty)
+    cos_at = rotations + (t * (1 + B) + number) * 2 * HALF + pair
+    sin_at = cos_at + T * (1 + B) * 2 * HALF
+    tl.store(cos_at, cos, mask=inside)
+    tl.store(cos_at + HALF, cos, mask=inside)
+    tl.store(sin_at, -sin, mask=inside)
+    tl.store(sin_at + HALF, sin, mask=inside)
 
 
 # ---- keys and values into the cache; queries, rotated
@@ -155,10 +209,12 @@ def _attend(
         block = tl.load(page_block + page)
         # How many of this page's tokens the row may see: all from 0 to PAGE, and beyond on both sides
         seen = tl.load(visible + row // G * B + block, mask=row < R, other=0) - tl.load(page_start + page)
+        # Of a page that no row here may look into, nothing is read
+        numbers = tl.where(tl.max(seen, 0) > 0, D, 0)
         query_at = queries + ((block * K + head) * R + row) * D + d[:, None]
         query = tl.load(query_at, mask=(row < R) & (d[:, None] < D), other=0.0)  # [WIDTH, TILE]
-        key = tl.load(keys + ((page * K + head) * PAGE + place) * D + d, mask=d < D, other=0.0)  # [PAGE, WIDTH]
-        value = tl.load(values + (head * SLOTS + page * PAGE + place) * D + d, mask=d < D, other=0.0)
+        key = tl.load(keys + ((page * K + head) * PAGE + place) * D + d, mask=d < numbers, other=0.0)  # [PAGE, WIDTH]
+        value = tl.load(values + (head * SLOTS + page * PAGE + place) * D + d, mask=d < numbers, other=0.0)
         scores = tl.dot(key, query, input_precision="ieee") * scale  # [PAGE, TILE]
         scores = tl.where(place < seen, scores, -float("inf"))  # the causal mask
         new_highest = tl.maximum(highest, tl.max(scores, 0))
@@ -197,14 +253,15 @@ def _join(
 
 def attend_to_one_block(queries: Tensor, kv: LayerCache, positions: Positions, scale: float) -> Tensor:
     """`attend` where all rows see one block alone, as when a prompt is prefilled: PyTorch has FlashAttention for it."""
-    _, K, T, G, D = queries.shape
+    _, K, T, _, D = queries.shape
     PAGE = kv.keys.shape[2]
-    plan = positions.plan
-    N = plan.lone_block_length
-    pages_in_order = plan.page_start.argsort()[: triton.cdiv(N, PAGE)]
-    keys = kv.keys[pages_in_order].transpose(0, 1).reshape(1, K, -1, D)[:, :, :N]
-    values = kv.values.view(K, -1, PAGE, D)[:, pages_in_order].view(1, K, -1, D)[:, :, :N]
-    of_heads = queries[0].transpose(1, 2).reshape(1, K * G, T, D)
+    N = positions.plan.lone_block_length
+    pages = positions.pages_in_order
+    # To that function each of the K heads is a text of its own, with G heads that look at one: so nothing is copied but
+    # what lies in pages.
+    keys = kv.keys.transpose(0, 1).index_select(1, pages).view(K, 1, -1, D)[:, :, :N]
+    values = kv.values.view(K, -1, PAGE, D).index_select(1, pages).view(K, 1, -1, D)[:, :, :N]
+    of_heads = queries[0].transpose(1, 2)  # [K, G, T, D]
     mask = None
     is_whole_block = T == N
     if not is_whole_block:  # the rows are its last
@@ -214,4 +271,4 @@ def attend_to_one_block(queries: Tensor, kv: LayerCache, positions: Positions, s
     mixed = F.scaled_dot_product_attention(
         of_heads, keys, values, mask, is_causal=is_whole_block, scale=scale, enable_gqa=True
     )
-    return mixed[0].transpose(0, 1)
+    return mixed.permute(2, 0, 1, 3).flatten(1, 2)  # [T, H, D]

@@ -16,7 +16,7 @@ from ..config import Config
 from ..packed import EightBit, FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, with_bias
 from . import pointwise
-from .attention import append, attend_to_one_block, attend_to_pages
+from .attention import append, attend_to_one_block, attend_to_pages, positions
 from .experts import Groups, choose, groups_of, mix
 from .products import (
     FEW_ROWS,
@@ -28,6 +28,9 @@ from .products import (
 )
 from .recorded import RecordedSteps
 
+MOST_OF_PROMPT = 16384  # tokens that one step takes,
+LEAST_OF_PROMPT = 256
+FOR_PROMPT = 0.25  # and what part of the free memory they may need
 PAIRS_OF_PROMPT = 64  # of a token and an expert, in a group: wide products for many tokens
 ROUTER_COLUMNS = 256  # that one program goes through: a router has few rows, so each is cut in many parts
 
@@ -39,7 +42,13 @@ class TritonBackend(PyTorchBackend):
         self.recorded = RecordedSteps()
 
     def prefill_chunk(self, prompt_length: int, config: Config) -> int:
-        return 2048  # these kernels keep no scores
+        """The whole prompt, where memory allows: large products are the fastest, and these kernels keep no scores."""
+        free, _ = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's own store
+        chunk = MOST_OF_PROMPT
+        while chunk > LEAST_OF_PROMPT and chunk * bytes_of_row(config) > free * FOR_PROMPT:
+            chunk //= 2
+        return chunk
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Stacked):
@@ -55,8 +64,13 @@ class TritonBackend(PyTorchBackend):
             return linear_for_few_rows(x, *numbers_and_scale(weight), bias)
         return weight.times(x, bias)
 
-    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return pointwise.norm(x, weight, epsilon)
+    def linear_and_swiglu(self, x: Tensor, gate_up: Matrix) -> Tensor:
+        few_rows = len(x) <= FEW_ROWS and x.dtype.itemsize == 2
+        if few_rows and isinstance(gate_up, (Dense, EightBit)):
+            numbers, scale = numbers_and_scale(gate_up)
+            if len(numbers) % 64 == 0:
+                return linear_for_few_rows(x, numbers, scale, None, gated=True)
+        return super().linear_and_swiglu(x, gate_up)
 
     def add_and_norm(self, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         return pointwise.add_and_norm(x, y, weight, epsilon)
@@ -65,6 +79,9 @@ class TritonBackend(PyTorchBackend):
         return pointwise.swiglu(gate_up)
 
     # ---- attention
+
+    def positions(self, plan: Plan, frequencies: Tensor, causal_mask: None, dtype: torch.dtype) -> Positions:
+        return positions(plan, frequencies, dtype)
 
     def causal_mask(self, plan: Plan, dtype: torch.dtype) -> None:
         return None  # the kernel compares with `visible` itself
@@ -108,9 +125,19 @@ class TritonBackend(PyTorchBackend):
 
     def run(self, forward: Callable[..., Tensor], tokens: Tensor, weights, config, cache, plan: Plan) -> Tensor:
         one_token_each = len(plan.last) == len(plan.offset)
-        if one_token_each and cache.device.type == "cuda" and not waits_for_device(weights, cache.dtype):
+        few_rows = one_token_each or len(tokens) <= FEW_ROWS
+        if few_rows and cache.device.type == "cuda" and not waits_for_device(weights, cache.dtype):
             return self.recorded.play(forward, tokens, weights, config, cache, plan)
         return forward(tokens, weights, config, cache, plan)
+
+
+def bytes_of_row(config: Config) -> int:
+    """What one token takes within a layer, about, in 16 bits: where it is widest."""
+    attention = 2 * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    widths = [config.intermediate_size]
+    if config.num_experts:
+        widths.append(config.num_experts_per_tok * config.moe_intermediate_size)
+    return 2 * (attention + 3 * max(widths) + 4 * config.hidden_size)
 
 
 def numbers_and_scale(weight: Dense | EightBit) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""What lies between two products: norms, and SwiGLU. Each a kernel, computed in float32."""
+"""What lies between two products: sums and norms, and SwiGLU. Each a kernel, computed in float32."""
 
 import torch
 import triton
@@ -8,44 +8,27 @@ from torch import Tensor
 from .launch import OVERLAPPING, wait_for_predecessor
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The root mean square norm of x over the last dimension."""
-    x = x.contiguous()
-    normed = torch.empty_like(x)
-    launch_norm(x, None, weight, None, normed, epsilon)
-    return normed
-
-
 def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x + y, and the norm of it."""
+    """x + y, and its root mean square norm over the last dimension. A program for each row."""
     x = x.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    launch_norm(x, y, weight, total, normed, epsilon)
-    return total, normed
-
-
-def launch_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, epsilon: float
-) -> None:
-    """A program for each row."""
     E = x.shape[-1]
     rows = x.numel() // E
     width = triton.next_power_of_2(E)
     warps = min(16, max(1, width // 512))
-    _norm[rows,](x, y, weight, total, normed, epsilon, E, WIDTH=width, num_warps=warps, **OVERLAPPING)
+    _add_and_norm[rows,](x, y, weight, total, normed, epsilon, E, WIDTH=width, num_warps=warps, **OVERLAPPING)
+    return total, normed
 
 
 @triton.jit
-def _norm(x, y, weight, total, normed, epsilon, E, WIDTH: tl.constexpr):
-    """One row; of x + y, where there is y."""
+def _add_and_norm(x, y, weight, total, normed, epsilon, E, WIDTH: tl.constexpr):
+    """One row."""
     wait_for_predecessor()
     e = tl.arange(0, WIDTH)
     inside = e < E
     at = tl.program_id(0).to(tl.int64) * E + e
-    row = tl.load(x + at, mask=inside, other=0.0)
-    if y is not None:
-        row = row + tl.load(y + at, mask=inside, other=0.0)
-        tl.store(total + at, row, mask=inside)
+    row = tl.load(x + at, mask=inside, other=0.0) + tl.load(y + at, mask=inside, other=0.0)
+    tl.store(total + at, row, mask=inside)
     row = row.to(tl.float32)
     mean_square = tl.sum(row * row, 0) / E
     scale = tl.load(weight + e, mask=inside, other=0.0).to(tl.float32)
@@ -71,5 +54,10 @@ def _swiglu(gate_up, result, F):
     gate_at = gate_up + row * 2 * F + f
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + F, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + row * F + f, swiglu_of(gate, up).to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_of(gate, up):
     silu = gate / (1 + tl.exp(-gate))
-    tl.store(result + row * F + f, (silu * up).to(result.dtype.element_ty), mask=inside)
+    return silu * up

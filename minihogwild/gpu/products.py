@@ -16,32 +16,39 @@ from torch import Tensor
 from ..packed import FourBit, Tiles
 from .experts import Groups, ungrouped
 from .launch import OVERLAPPING, wait_for_predecessor
+from .pointwise import swiglu_of
 
 SHARED_MEMORY = 0  # bytes that one program may have
 if torch.cuda.is_available():
     SHARED_MEMORY = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 FEW_ROWS = 16  # the fewest columns of a tensor core's product
-LONG_SUM = 4096  # columns of a plain weight that one program goes through, about
+LONG_SUM = 8192  # columns of a plain weight, for each of which two programs share a sum
 FOUR_BIT_PROGRAMS = 1792  # that share one product, about
 EIGHT_BIT_PROGRAMS = 512
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which reads no assembly
 
 
 def linear_for_few_rows(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, groups: Groups | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    groups: Groups | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias, [T, E] to [T, N] for T up to 16; with groups, a row of the result for each pair.
 
     `weight` [N, E] is in x's dtype; or in 8 bits, and `scale` [N] is that of its rows. With groups both are stacks.
+    With `gated`, the product's SwiGLU: [T, N / 2]; for N / 2 a multiple of 32, and without groups.
     """
     N, E = weight.shape[-2:]
-    if groups is not None:
+    if groups is not None or gated:
         parts = 1  # there are programs enough
     elif weight.dtype == torch.int8:
         parts = max(1, min(EIGHT_BIT_PROGRAMS // triton.cdiv(N, 64), E // 512))
     else:
-        parts = max(1, E // LONG_SUM)
-    return total_of(parts_of_product(x, weight, parts, scale, bias, groups), scale, bias, x.dtype)
+        parts = max(1, 2 * (E // LONG_SUM))
+    return total_of(parts_of_product(x, weight, parts, scale, bias, groups, gated), scale, bias, x.dtype)
 
 
 def parts_of_product(
@@ -51,6 +58,7 @@ def parts_of_product(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     groups: Groups | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """Of x Wᵀ, the sums over so many parts of the columns: [parts, T, N], in float32.
 
@@ -58,17 +66,18 @@ def parts_of_product(
     """
     N, E = weight.shape[-2:]
     groups = groups or ungrouped(x, FEW_ROWS)
-    sums = room_for_parts(x, parts, groups, N)
+    sums = room_for_parts(x, parts, groups, N // 2 if gated else N)
     if weight.dtype == torch.int8 and x.dtype == torch.bfloat16:
         # Two warps multiply each for itself (four would do it together): codes stay where they were unpacked.
         tile, warps, stages = 256, 2, 3
     else:
         tile, warps = 128, 4
         bytes_of_tiles = tile * (64 + groups.width) * x.itemsize
-        stages = max((n for n in (2, 3, 4, 6) if n * bytes_of_tiles < SHARED_MEMORY), default=2)
+        # Tiles on their way, as many as leave room for a second program: so one begins while another ends.
+        stages = max((n for n in (2, 3, 4, 5) if 2 * n * bytes_of_tiles < SHARED_MEMORY), default=2)
     _linear[triton.cdiv(N, 64), parts, groups.count](
         x, weight, scale, bias, sums, groups.expert, groups.pair, groups.pairs // len(x), groups.pairs, N, E,
-        LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=groups.width, SPLIT=parts > 1,
+        LENGTH=triton.cdiv(E, parts * tile) * tile, TILE=tile, COLUMNS=groups.width, SPLIT=parts > 1, GATED=gated,
         num_warps=warps, num_stages=stages, **OVERLAPPING,
     )  # fmt: skip
     return sums
@@ -113,11 +122,17 @@ def _total(sums, scale, bias, total, TN, N, parts, PARTS: tl.constexpr, BLOCK: t
 @triton.jit(do_not_specialize=["T", "SHARING"])  # else it is compiled anew for 1 and 16
 def _linear(
     x, weight, scale, bias, sums, expert_of_group, pair_of_group, SHARING, T, N, E,
-    LENGTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    LENGTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """64 rows of the weight, columns [part * LENGTH, (part + 1) * LENGTH) of them, times some rows of x."""
+    """64 rows of the weight, columns [part * LENGTH, (part + 1) * LENGTH) of them, times some rows of x.
+
+    With GATED, 32 of the gate's rows, and behind them the same ones of `up`.
+    """
     wait_for_predecessor()
-    n = tl.program_id(0) * 64 + tl.arange(0, 64)
+    row = tl.arange(0, 64)
+    n = tl.program_id(0) * 64 + row
+    if GATED:
+        n = tl.program_id(0) * 32 + row % 32 + row // 32 * (N // 2)
     part = tl.program_id(1)
     expert, target, source = rows_of_group(expert_of_group, pair_of_group, SHARING, T, COLUMNS)
     matrix = tl.full([], tl.maximum(expert, 0), tl.int64)
@@ -127,13 +142,20 @@ def _linear(
     for start in range(part * LENGTH, stop, TILE):
         e = start + tl.arange(0, TILE)
         w = tl.load(weight_rows + e, mask=e < E, other=0)  # [64, TILE]
-        y = tl.load(x + source * E + e[:, None], mask=(target >= 0) & (e[:, None] < E), other=0.0)  # [TILE, COLUMNS]
+        inside = (target >= 0) & (e[:, None] < E)
+        y = tl.load(x + source * E + e[:, None], mask=inside, other=0.0)  # [TILE, COLUMNS]
         if w.dtype == tl.int8 and y.dtype == tl.bfloat16 and not INTERPRETED:
             w = bfloat16_of(w)
         total = tl.dot(w.to(y.dtype), y, total, input_precision="ieee")
     if scale is not None and not SPLIT:
         total *= tl.load(scale + matrix * N + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    store_product(sums, bias, total, n, part * T + target, target, N, SPLIT)
+    if GATED:
+        total = total.to(sums.dtype.element_ty).to(tl.float32)  # as if it had been stored in between
+        gate, up = total.reshape(2, 32, COLUMNS).permute(1, 2, 0).split()  # [32, COLUMNS] each
+        n = tl.program_id(0) * 32 + tl.arange(0, 32)
+        store_product(sums, bias, swiglu_of(gate, up), n, target, target, N // 2, SPLIT)
+    else:
+        store_product(sums, bias, total, n, part * T + target, target, N, SPLIT)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Decode steps that are recorded once, as CUDA graphs, and played from then on: the host gives no kernel of its own.
 
 A recording reads and writes fixed places in memory. So what changes from step to step (token ids, the plan) is copied
-to the place that the recording reads, and the plan's tables are padded to one size, whatever the views hold.
+to the place that the recording reads, and the plan's tables are padded, whatever the views hold. Rows are padded too,
+to 1, 2, 4, 8 or 16: so a few recordings serve all steps, whether a worker feeds one token or several.
 """
 
 from collections.abc import Callable
@@ -9,50 +10,70 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from ..attention import Plan
 from ..cache import Cache
 from ..config import Config
 from ..weights import Weights
 
+LEAST_BLOCKS = 8  # that tables have room for: so runs with more or fewer workers share recordings
+
 
 @dataclass
 class Recording:
-    """A forward pass for one number of rows, and one size of the pool."""
+    """A forward pass for one number of rows, and of blocks, and one size of the pool."""
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor  # [T]: what it reads
     packed_plan: Tensor  # what it reads, too: see Plan.pack
     plan: Plan  # the same as a plan, in the shapes that it was recorded with
-    logits: Tensor  # [W, V]: what it writes
+    logits: Tensor  # [T, V]: what it writes; a row for each worker, and some more
 
 
 class RecordedSteps:
-    """All recordings for one cache. They end when its pool gets new tensors, since they point into the old ones."""
+    """All recordings for one cache and one model.
+
+    They end when the cache's pool gets new tensors, since they point into the old ones.
+    """
 
     def __init__(self):
+        # What they read, beside what is copied for each step
         self.cache: Cache | None = None
         self.pool_version = 0
-        self.by_rows: dict[int, Recording] = {}
+        self.weights: Weights | None = None
+        self.by_size: dict[tuple[int, int], Recording] = {}  # by rows and blocks
 
     def play(
         self, forward: Callable[..., Tensor], tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan
     ) -> Tensor:
-        """`forward`, for a plan in which each worker feeds one token."""
-        pages = len(cache.page_owner)
-        if cache is not self.cache or cache.pool_version != self.pool_version:
-            self.cache, self.pool_version, self.by_rows = cache, cache.pool_version, {}
-        rows = len(tokens)
-        if rows not in self.by_rows:
-            padded_plan = plan.padded(blocks=len(cache.lengths), pages=pages)
-            self.by_rows[rows] = record(forward, tokens, weights, config, cache, padded_plan)
-        recording = self.by_rows[rows]
+        """`forward`, of a step that is recorded if no earlier one was of its size."""
+        still_hold = cache is self.cache and cache.pool_version == self.pool_version and weights is self.weights
+        if not still_hold:
+            self.by_size.clear()
+            self.cache, self.pool_version, self.weights = cache, cache.pool_version, weights
+        rows = next_power_of_2(len(tokens))
+        blocks = max(LEAST_BLOCKS, next_power_of_2(len(cache.lengths)))
+        tokens = padded_tokens(tokens, rows)
+        if (rows, blocks) not in self.by_size:
+            padded_plan = plan.padded(rows, blocks, pages=len(cache.page_owner))
+            self.by_size[rows, blocks] = record(forward, tokens, weights, config, cache, padded_plan)
+        recording = self.by_size[rows, blocks]
         recording.tokens.copy_(tokens)
         packed = torch.empty(len(recording.packed_plan), dtype=torch.int64, pin_memory=True)
         plan.pack(packed, larger_plan=recording.plan)
         recording.packed_plan.copy_(packed, non_blocking=True)
         recording.graph.replay()
-        return recording.logits.clone()  # the next step writes its own to the same place
+        workers = len(plan.last)
+        return recording.logits[:workers].clone()  # the next step writes its own to the same place
+
+
+def padded_tokens(tokens: Tensor, rows: int) -> Tensor:
+    """[T] to [rows]: the last token is repeated, as the last row is by `Plan.padded`."""
+    missing = rows - len(tokens)
+    if missing == 0:
+        return tokens
+    return torch.cat((tokens, tokens[-1:].expand(missing)))
 
 
 def record(

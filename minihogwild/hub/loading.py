@@ -2,12 +2,15 @@
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub  # imports what is asked of it, and only then
 import torch
 
+from ..backend import PyTorchBackend, choose_backend
+from ..cache import Cache
 from ..config import Config
 from ..errors import InputError, refusing, require, whole_number
 from ..files import read_json, read_json_if_there
@@ -60,6 +63,8 @@ class Model:
     tokenizer: Tokenizer | None  # None: loaded without one
     sampling: Sampling  # generation_config.json's
     eos: frozenset[int]  # end-of-sequence ids: generation_config.json's or config.json's, and the tokenizer's
+    # Of the last run that has come to its end: the next takes it over, with its memory and all that was recorded for it
+    idle_cache: Cache | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +73,21 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.weights.embed.device
+
+    @cached_property
+    def backend(self) -> PyTorchBackend:
+        """The fastest that there is; one object for all runs."""
+        return choose_backend(self.device, self.dtype)
+
+    def cache_for(self, blocks: list[str], backend: PyTorchBackend | None = None) -> Cache:
+        """An empty cache with these blocks; `backend` None is the model's own."""
+        backend = self.backend if backend is None else backend
+        idle = self.idle_cache
+        self.idle_cache = None  # whoever can't use it does not keep its memory either
+        if idle is None or idle.backend is not backend:
+            return Cache(self.config, blocks, self.dtype, self.device, backend)
+        idle.begin_anew(blocks)
+        return idle
 
 
 def load(

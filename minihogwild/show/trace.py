@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attention import LayerCache, Plan, Positions, attention_weights, causal_mask_of, mix_values
-from ..backend import PyTorchBackend, choose_backend
-from ..cache import Cache
+from ..backend import PyTorchBackend
 from ..config import Config
 from ..errors import require
 from ..hub import Bar, Model, TextStream, Tokenizer
@@ -120,7 +119,7 @@ class Tokens:
 
 def replay_watched(schedule: dict, model: Model, onlooker: Onlooker, tokens: Tokens) -> Iterator[dict]:
     """Compute a schedule once more. Yields the event of each step, when `tokens` has been told of it."""
-    cache = Cache(model.config, schedule["blocks"], model.dtype, model.device, onlooker)
+    cache = model.cache_for(schedule["blocks"], onlooker)
     events = schedule["events"]
     noted = 0
     for index, _ in replay(schedule, model, cache=cache):
@@ -149,7 +148,7 @@ def attention_of(token: int, schedule: dict, model: Model) -> Tensor:
     """
     require(0 <= token < count_fed(schedule["events"]), f"token {token} is not in the schedule")
     layers = []
-    onlooker = Onlooker(choose_backend(model.device, model.dtype), token, layers.append)
+    onlooker = Onlooker(model.backend, token, layers.append)
     tokens = Tokens(schedule["blocks"])
     for event in replay_watched(schedule, model, onlooker, tokens):
         if onlooker.is_watching:
@@ -274,7 +273,7 @@ def page(
     """
     begun = index_of_beginning(events)
     if backend is None:
-        backend = choose_backend(model.device, model.dtype)
+        backend = model.backend
     recorder = Recorder(model.config, rows=count_fed(events[begun:]))
     record(recorder, blocks, events, model, Onlooker(backend, count_fed(events[:begun]), recorder.keep_layer))
     shown = {key: about[key] for key in ("layout", "tokens", "seed", "stopped_by", "answer")}
