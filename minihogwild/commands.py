@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -95,30 +96,56 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
 
     The command's own code; or 2, with one line on standard error, for what can't be done; 130 when interrupted; 1 when
     nobody reads the output any more. An error that none of this is, a mistake of ours, is raised.
+
+    Where torchrun has started several processes, the first one does all this, and the others follow it; none of them
+    comes back from here.
     """
+    is_whole_program = argv is None
+    if is_whole_program and ranks_started() > 1 and int(os.environ["RANK"]) > 0:
+        from .gpu.several import follow  # not above: most have one GPU, if any
+
+        follow(parser.prog)
     if sys.stderr is None:  # closed: what belongs there goes nowhere, where print would take standard output
         sys.stderr = io.StringIO()
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     replace_what_the_terminal_cannot_show()
-    is_whole_program = argv is None
     if is_whole_program:
         interrupts.raise_keyboard_interrupt()
+    ranks = None
+    code = CANNOT_BE_DONE
     try:
         options = parser.parse_args(argv)
-        return command(options)
+        if is_whole_program and ranks_started() > 1:
+            from .gpu.several import lead
+
+            ranks = lead(parser.prog)
+        options.ranks = ranks
+        code = command(options)
+        if ranks is not None and code == INTERRUPTED:
+            ranks.raise_failure()  # torchrun interrupts all where one has failed
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         discard_remaining_output()
-        return OUTPUT_CLOSED
+        code = OUTPUT_CLOSED
     except BaseException as error:
         if not is_told_in_one_line(error):
+            if ranks is not None:
+                traceback.print_exc()  # the process will not come to where Python does it
             raise
         print(f"{parser.prog}: {message_of(error)}", file=sys.stderr)
-        return CANNOT_BE_DONE
     finally:
         if is_whole_program:
             interrupts.end_at_once()
+        if ranks is not None:
+            ranks.end(code)
+    return code
+
+
+def ranks_started() -> int:
+    """How many processes torchrun has started for this command; 1 where it was not torchrun that did."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
 
 
 def replace_what_the_terminal_cannot_show() -> None:

@@ -116,7 +116,13 @@ def command(options: argparse.Namespace) -> int:
     words = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
     require_workers(options.workers[-1], words)
     model = load(
-        options.model, options.dtype, options.device, folder=folder, quantize=options.quantize, context=options.context
+        options.model,
+        options.dtype,
+        options.device,
+        folder=folder,
+        quantize=options.quantize,
+        context=options.context,
+        ranks=options.ranks,
     )
     spare_threads(model.config)
     model = replace(model, sampling=replace(model.sampling, **sampling))
@@ -213,7 +219,7 @@ def solve(
     """Run a batch to its end; yields the results, by the problems' indices."""
     # Compiled and recorded steps are for one number of rows; in a batch it changes as runs end.
     with_kernels = options.kernels == "auto" and options.batch == 1
-    backend = choose_backend(model.device, model.dtype, with_kernels)
+    backend = choose_backend(model.device, model.dtype, with_kernels, model.ranks)
     workers, layout = batch.setting.workers, batch.setting.layout
     prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
     model.tokenizer.render_ahead(prompts)

@@ -153,7 +153,7 @@ class Run:
         require(isinstance(self.words, Prompts), f"prompts must be a Prompts, not {self.words!r}")
         self.sampling = model.sampling if sampling is None else sampling
         require(isinstance(self.sampling, Sampling), f"sampling must be a Sampling, not {self.sampling!r}")
-        self.backend = choose_backend(model.device, model.dtype) if backend is None else backend
+        self.backend = choose_backend(model.device, model.dtype, ranks=model.ranks) if backend is None else backend
         if layout is None:
             layout = "combined" if workers > 1 else "independent"
         most = min(len(self.words.names), MOST_WORKERS)
