@@ -48,7 +48,7 @@ from ..errors import InputError, one_line, refusing, require
 from ..files import unfinished
 from ..hub import load
 from ..hub.checkpoint import HEAD, Extras, Stored, empty_weights, safetensors_files
-from ..hub.quantized import CODES_IN_A_WORD, Format, Place, Rounded, Storage, Turned, largest_group
+from ..hub.quantized import CODES_IN_A_WORD, Format, Place, Rounded, Storage, Turned, largest_group, require_finite
 from ..interrupts import SIGNALS
 from ..model import step_on_device
 from ..packed import EightBit, FourBit, Stacked, in_few_rows
@@ -119,7 +119,6 @@ def heads_of(rank: int, count: int, config: Config, unit: int) -> tuple[Span, Sp
 class Share:
     """What one rank has of a model."""
 
-    rank: int
     ranks: "Ranks"
     whole: Config
     heads: Span
@@ -158,10 +157,14 @@ class Share:
             "up_proj": (OUTPUTS, [inner]),
             "gate_up_proj": (OUTPUTS, one_below_the_other([inner, inner])),
             "down_proj": (INPUTS, [inner]),
-            "lm_head": (OUTPUTS, [self.rows_of_head[self.rank]]),
+            "lm_head": (OUTPUTS, [self.own_rows_of_head]),
         }
         module = name.split(".")[-2]
         return parts_of_module.get(module, (OUTPUTS, []))
+
+    @property
+    def own_rows_of_head(self) -> Span:
+        return self.rows_of_head[self.ranks.rank]
 
     def inputs(self, name: str) -> Span | None:
         """Which of the inputs of this tensor's matrix are this rank's; None where it has all of them."""
@@ -174,13 +177,13 @@ class Share:
         self, dtype: torch.dtype, device: torch.device | str, extras: Extras, storage: Storage
     ) -> tuple[Weights, dict[str, Place]]:
         """As `checkpoint.empty_weights`, for this rank alone."""
-        if self.rank > 0:
+        if self.ranks.rank > 0:
             extras = replace(extras, out_bias=False)  # or the sum over all ranks would have it once for each
         if isinstance(storage, Rounded):
             storage = RoundedShare(storage.bits, self)
         weights, places = empty_weights(self.config, dtype, device, extras, StorageOfShare(storage, self))
         if isinstance(weights.head, Dense):  # the embedding, whole
-            rows = self.rows_of_head[self.rank]
+            rows = self.own_rows_of_head
             weights.head = self.part_of_head(Dense(weights.head.tensor[rows.start : rows.stop]))
         return weights, places
 
@@ -231,7 +234,7 @@ def share_of(ranks: "Ranks", config: Config, format: Format | None, quantize: in
         inner_of_expert = span_of(rank, count, size, unit_of(size), "moe_intermediate_size")
     unit_of_head = 1 if format is None else CODES_IN_A_WORD
     rows_of_head = [span_of(other, count, V, unit_of_head, "vocab_size") for other in range(count)]
-    return Share(rank, ranks, config, heads, kv_heads, inner, inner_of_expert, rows_of_head)
+    return Share(ranks, config, heads, kv_heads, inner, inner_of_expert, rows_of_head)
 
 
 def one_below_the_other(spans: list[Span]) -> list[Span]:
@@ -293,11 +296,15 @@ class StorageOfShare:
     def name(self) -> str:
         return self.storage.name
 
+    @property
+    def rounds(self) -> bool:
+        return self.storage.rounds
+
     def allocate(self, shapes, stack, dtype, device):
         if HEAD not in shapes:
             return self.storage.allocate(shapes, stack, dtype, device)
         V, E = shapes[HEAD]
-        rows = self.share.rows_of_head[self.share.rank]
+        rows = self.share.own_rows_of_head
         matrix, places = self.storage.allocate({HEAD: [len(rows), E]}, stack, dtype, device)
         if self.share.whole.tie_word_embeddings:  # then it is filled with the embedding, which is read as a whole
             of_rows = places[HEAD]
@@ -309,7 +316,7 @@ class StorageOfShare:
 class RoundedShare(Rounded):
     """Rounds to the very numbers that the whole matrix would be rounded to."""
 
-    share: Share = None
+    share: Share
 
     def group_of(self, name: str, E: int) -> int | None:
         inputs = self.share.inputs(name)
@@ -317,10 +324,12 @@ class RoundedShare(Rounded):
 
     def fill(self, part: EightBit | FourBit, start: int, name: str, weight: Tensor) -> None:
         if isinstance(part, FourBit) or self.share.inputs(name) is None:
-            return super().fill(part, start, name, weight)
+            super().fill(part, start, name, weight)
+            return
+        require_finite(weight)
         # In 8 bits a row has one scale, by its largest number: here, the largest of what all ranks have of the row
-        largest = torch.cat([some.float().abs().amax(1) for _, some in in_few_rows(0, weight)])
-        return super().fill(part, start, name, weight, self.share.ranks.largest(largest))
+        largest_here = [some.float().abs().amax(1) for _, some in in_few_rows(0, weight)]
+        part.fill(start, weight, self.share.ranks.largest(torch.cat(largest_here)))
 
 
 # ---- how it is computed with
@@ -475,8 +484,8 @@ class Leader(Ranks):
         super().__init__(program)
         self.failure: str | None = None  # of another rank: what is to be told
         self.has_ended = False
-        self.words: queue.SimpleQueue[tuple[int, dict]] = queue.SimpleQueue()  # (rank, what it has said)
         self.lines = self.meet_followers(meet())
+        self.words = {rank: queue.SimpleQueue() for rank in self.lines}  # what each has said
         for rank in self.lines:
             threading.Thread(target=self.listen, args=(rank,), daemon=True).start()
 
@@ -502,10 +511,9 @@ class Leader(Ranks):
     def exchange(self, word: dict) -> dict[int, dict]:
         """What each of the others says next, by rank."""
         said = {}
-        while len(said) < len(self.lines):
-            rank, word = self.words.get()
+        for rank, words in self.words.items():
+            said[rank] = words.get()
             self.raise_failure()
-            said[rank] = word
         return said
 
     def raise_failure(self) -> None:
@@ -534,7 +542,7 @@ class Leader(Ranks):
             if "failed" in word:
                 return self.note(f"rank {rank}: {word['failed']}")
             if "alive" not in word:
-                self.words.put((rank, word))
+                self.words[rank].put(word)
         return self.note(f"rank {rank} has not answered for {SECONDS_OF_SILENCE} seconds")
 
     def note(self, failure: str) -> None:
@@ -545,13 +553,14 @@ class Leader(Ranks):
         if self.failure is not None or self.has_ended:
             return
         self.failure = failure
-        self.words.put((0, {}))  # whoever waits for words is to look
+        for words in self.words.values():
+            words.put({})  # whoever waits for words is to look
         time.sleep(SECONDS_TO_NOTICE)
         if not self.has_ended:
             print(f"{self.program}: {failure}", file=sys.stderr, flush=True)
             for path in unfinished:
                 path.unlink(missing_ok=True)
-            os._exit(CANNOT_BE_DONE)
+            self.end(CANNOT_BE_DONE)
 
     def end(self, code: int) -> None:
         """End all ranks, this one with an exit code. Nobody waits for a GPU that may wait for another."""

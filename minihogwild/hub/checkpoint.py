@@ -24,7 +24,7 @@ from ..packed import FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
 from .folder import require_there
 from .progress import Bar
-from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
+from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Storage, Turned, storage_of
 
 if TYPE_CHECKING:
     from ..gpu.several import Share
@@ -156,7 +156,7 @@ def empty_weights(
     norm = allocate({"model.norm.weight": [E]})
     if not config.tie_word_embeddings:
         head = allocate_matrix({HEAD: [V, E]})
-    elif isinstance(storage, Rounded):
+    elif storage.rounds:
         # The head is a rounded copy: a step reads all of it, and of the embedding a few rows.
         head, filled = storage.allocate({HEAD: [V, E]}, (), dtype, device)
         places[EMBEDDING] = both(embed, filled[HEAD])

@@ -53,6 +53,7 @@ class Storage(Protocol):
     """A way to store matrices."""
 
     name: str  # for messages
+    rounds: bool  # numbers of the checkpoint to others?
 
     def allocate(
         self, shapes: dict[str, list[int]], stack: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
@@ -69,6 +70,7 @@ class Plain:
     """Every matrix as it is, in the model's dtype."""
 
     name: str = ""
+    rounds = False
 
     def allocate(self, shapes, stack, dtype, device):
         matrix = Dense(torch.empty(*stack, *total_shape(shapes, stack), dtype=dtype, device=device))
@@ -83,6 +85,7 @@ class Rounded:
     """Every matrix of a plain checkpoint rounded to 8 bits, or to 4; the head to 8 in any case."""
 
     bits: int
+    rounds = True
 
     @property
     def name(self) -> str:
@@ -331,6 +334,7 @@ class Packed:
     format: Format
     stored: Collection[str]  # names of all tensors of the checkpoint
     dtype_of_scale: torch.dtype
+    rounds = False
 
     @property
     def name(self) -> str:
