@@ -116,9 +116,9 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
     try:
         options = parser.parse_args(argv)
         if is_whole_program and ranks_started() > 1:
-            from .gpu.several import lead
+            from .gpu.several import join
 
-            ranks = lead(parser.prog)
+            ranks = join(parser.prog)
         options.ranks = ranks
         code = command(options)
         if ranks is not None and code == INTERRUPTED:

@@ -22,7 +22,7 @@ from util import Engine, configs, fill_at_random, relative_difference, run, sche
 
 from minihogwild import Config, InputError, evaluate, generate, load, replay
 from minihogwild.backend import PyTorchBackend
-from minihogwild.gpu.several import Follower, Leader, Ranks, SharedBackend
+from minihogwild.gpu.several import Ranks, SharedBackend, join
 from minihogwild.hub.checkpoint import Extras, Stored, empty_weights, load_weights
 
 COMMANDS = {"generate": generate, "evaluate": evaluate, "replay": replay}
@@ -88,17 +88,11 @@ def command(module: str, *arguments: object) -> None:
 # ---- the engine, on all ranks at once
 
 
-def meet() -> Ranks:
-    return Leader("test") if os.environ["RANK"] == "0" else Follower("test")
-
-
 def finish(ranks: Ranks, found: object, folder: Path) -> None:
     """Note what this rank has found, and end."""
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.wait_for_all()
-    if isinstance(ranks, Leader):
-        ranks.end(0)
-    os._exit(0)
+    ranks.end(0)
 
 
 def draw_models(examples: int) -> list[tuple]:
@@ -119,7 +113,7 @@ def draw_models(examples: int) -> list[tuple]:
 
 def compare_models(folder: Path, examples: int) -> None:
     """Random models and schedules: the ranks' logits beside those of one process. Notes the differences, by dtype."""
-    ranks = meet()
+    ranks = join("test")
     found = {"torch.float64": [], "torch.float32": [], "refused": []}
     for number, (shape, extras, dtype, random, page, blocks, events) in enumerate(draw_models(examples)):
         whole, places = empty_weights(shape, dtype, "cpu", extras)
@@ -142,7 +136,7 @@ def compare_models(folder: Path, examples: int) -> None:
 
 def compare_folders(folder: Path, folders: dict[str, tuple[Path, int | None]], dtype: str, tokens: list[int]) -> None:
     """Models from files: differences, and bytes read and kept of each by this rank, beside those of one process."""
-    ranks = meet()
+    ranks = join("test")
     found = {}
     for name, (path, quantize) in folders.items():
         with bytes_read() as whole_read:

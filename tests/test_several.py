@@ -31,6 +31,7 @@ from minihogwild.commands import DUET
 from minihogwild.gpu.several import share_of
 from minihogwild.hub.quantized import Awq
 
+SECONDS = 120
 TOLERANCE = {"torch.float64": 1e-9, "torch.float32": 2e-4}
 
 
@@ -282,23 +283,11 @@ def test_evaluate_gives_the_results_of_one_process_and_goes_on_where_it_was_stop
         folder = tmp_path / str(count)
         folder.mkdir()
         out = folder / "results"
-        arguments = [
-            problems,
-            "--out",
-            out,
-            "--budgets",
-            "5,12",
-            "--workers",
-            "2",
-            "--batch",
-            "2",
-            "--dtype",
-            "float32",
-        ]
+        how = ["--budgets", "5,12", "--workers", "2", "--batch", "2", "--dtype", "float32", "--device", "cpu"]
         for kept in (None, 2):  # the second time, all but two lines are gone
             if kept is not None:
                 out.write_text("".join(out.read_text().splitlines(keepends=True)[:kept]))
-            started = Started(count, folder, ranks.command, "evaluate", *arguments, "--device", "cpu")
+            started = Started(count, folder, ranks.command, "evaluate", problems, "--out", out, *how)
             assert started.wait() == [0] * count, started.all_said()
         written.append(out.read_text())
     assert written[0] == written[1]

@@ -606,6 +606,10 @@ class Follower(Ranks):
         self.line.say(word)
         return {}
 
+    def end(self, code: int) -> None:
+        """End this rank, where all run the same program."""
+        os._exit(code)
+
     def has_failed(self, error: RuntimeError) -> None:
         """Another one has failed, as a rule, and rank 0 is about to end all."""
         time.sleep(SECONDS_TO_NOTICE)
@@ -687,9 +691,12 @@ def meet() -> dist.Store:
     return store
 
 
-def lead(program: str) -> Leader:
-    """Of rank 0, when it knows that there is something to be done. `program` stands before its messages."""
-    return Leader(program)
+def join(program: str) -> Ranks:
+    """Meet the others. (For rank 0; and for a program that all ranks run alike, as a benchmark or a test is.)
+
+    `program` stands before the messages.
+    """
+    return Leader(program) if os.environ["RANK"] == "0" else Follower(program)
 
 
 def follow(program: str) -> NoReturn:
