@@ -21,6 +21,7 @@ from .sampling import Sampling
 
 # Exit codes, beside 0; a command may give 1 a meaning of its own
 OUTPUT_CLOSED = 1
+MISTAKE = 1  # of ours: Python's own
 CANNOT_BE_DONE = 2
 INTERRUPTED = 130  # as shells have it: 128, and the number of the signal
 
@@ -114,22 +115,24 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
     ranks = None
     code = CANNOT_BE_DONE
     try:
-        options = parser.parse_args(argv)
         if is_whole_program and ranks_started() > 1:
             from .gpu.several import join
 
-            ranks = join(parser.prog)
+            ranks = join(parser.prog)  # first of all: the others are there already, and end when this one does
+        options = parser.parse_args(argv)
         options.ranks = ranks
         code = command(options)
-        if ranks is not None and code == INTERRUPTED:
-            ranks.raise_failure()  # torchrun interrupts all where one has failed
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
         discard_remaining_output()
         code = OUTPUT_CLOSED
     except BaseException as error:
+        if isinstance(error, SystemExit):  # after --help
+            code = error.code
+            raise
         if not is_told_in_one_line(error):
+            code = MISTAKE
             if ranks is not None:
                 traceback.print_exc()  # the process will not come to where Python does it
             raise
@@ -138,6 +141,9 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
         if is_whole_program:
             interrupts.end_at_once()
         if ranks is not None:
+            if code == INTERRUPTED and ranks.failure is not None:  # torchrun interrupts all, where one has failed
+                print(f"{parser.prog}: {message_of(InputError(ranks.failure))}", file=sys.stderr)
+                code = CANNOT_BE_DONE
             ranks.end(code)
     return code
 

@@ -108,15 +108,15 @@ def test_what_cannot_be_shared_is_refused_with_its_numbers(numbers, culprit):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("examples", [20, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
 def test_random_models_have_the_logits_of_one_process(tmp_path, count, examples):
     started = Started(count, tmp_path, ranks.compare_models, tmp_path, examples)
     assert started.wait() == [0] * count, started.all_said()
     for rank in range(count):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(found.pop("refused")) < examples * 0.7
+        assert len(found.pop("refused")) < 0.7 * examples
         for dtype, differences in found.items():
-            assert len(differences) > 1
+            assert differences
             assert max(differences) <= TOLERANCE[dtype], f"rank {rank}"
 
 
@@ -185,7 +185,7 @@ def test_models_from_files_have_the_logits_of_one_process_and_read_a_part(tmp_pa
 def test_some_models_from_files_have_the_logits_of_one_process_and_read_a_part(tmp_path):
     made = plain_folders(tmp_path) | packed_folders(tmp_path)
     some = "llama, 8", "tied, 4", "qwen2, None", "phi3, None", "awq dense", "gptq fused", "symmetric experts", "apart"
-    compare_folders(tmp_path, 3, {name: made[name] for name in some}, "float64")
+    compare_folders(tmp_path, 2, {name: made[name] for name in some}, "float64")
 
 
 def compare_folders(tmp_path: Path, count: int, made: dict[str, tuple[Path, int | None]], dtype: str) -> None:
@@ -214,7 +214,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-SOME_STEPS = ["--max-steps", 40]
+SOME_STEPS = ["--max-steps", 30]
 
 
 def outputs(folder: Path) -> list[object]:
@@ -235,7 +235,10 @@ def record_of(folder: Path) -> dict:
     return record
 
 
-@pytest.mark.parametrize("count", [2, 3])
+SOME_RANKS = [2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", SOME_RANKS)
 def test_the_text_of_duet_is_that_of_one_process(tmp_path, alone, count):
     started = Started(count, tmp_path, ranks.command, "generate", *outputs(tmp_path), *SOME_STEPS)
     assert started.wait() == [0] * count, started.all_said()
@@ -255,6 +258,7 @@ def test_the_whole_text_of_duet_is_that_of_the_readme(tmp_path, count):
     assert "235 forward steps, 422 tokens" in started.err()
 
 
+@pytest.mark.slow
 def test_what_one_process_has_recorded_two_replay(tmp_path, alone):
     schedule = tmp_path / "schedule"
     recorded = record_of(alone)
@@ -274,6 +278,7 @@ def test_what_one_process_has_recorded_two_replay(tmp_path, alone):
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)  # the file is in float32
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_results_of_one_process_and_goes_on_where_it_was_stopped(tmp_path):
     problems = tmp_path / "problems.jsonl"
     lines = [{"problem": f"a = {n} + 1\nb = a + 2", "answers": [[f"b = {n + 3}"]]} for n in range(3)]
@@ -331,8 +336,14 @@ def begin_run(folder: Path, count: int = 2, pace: float = 30) -> Started:
     return started
 
 
-@pytest.mark.parametrize("to", ["all", "rank 0"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGINT, "all"),  # as from a terminal
+        pytest.param(signal.SIGTERM, "all", marks=pytest.mark.slow),  # as torchrun ends them
+        pytest.param(signal.SIGINT, "rank 0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_all_ranks_and_what_was_written_is_kept(tmp_path, number, to):
     started = begin_run(tmp_path)
     for process in started.processes if to == "all" else started.processes[:1]:
@@ -346,7 +357,7 @@ def test_a_signal_ends_all_ranks_and_what_was_written_is_kept(tmp_path, number, 
     assert result["tokens"] == sum(token is not None for token in sampled) > 0
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", SOME_RANKS)
 def test_a_rank_that_is_killed_ends_all_with_one_line_and_what_was_written_is_kept(tmp_path, count):
     started = begin_run(tmp_path, count)
     began = time.monotonic()
@@ -357,6 +368,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_line_and_what_was_written_is_ke
     assert result_of(tmp_path)["stopped_by"].startswith(f"error: rank {count - 1}")
 
 
+@pytest.mark.slow
 def test_where_rank_0_is_killed_another_one_says_so_and_nothing_is_left(tmp_path):
     started = begin_run(tmp_path, 3)
     os.kill(started.processes[0].pid, signal.SIGKILL)
@@ -386,7 +398,14 @@ def copied_duet(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("changed", ["config.json", "model.safetensors", "missing"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param("config.json", marks=pytest.mark.slow),
+        "model.safetensors",
+        pytest.param("missing", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_that_see_different_files_load_none(tmp_path, changed):
     folders = copied_duet(tmp_path / "0" / "model"), copied_duet(tmp_path / "1" / "model")
     theirs = folders[1]
@@ -423,12 +442,21 @@ def test_what_cannot_be_done_is_told_once(tmp_path, arguments, culprit):
     assert_one_line(started, culprit)
 
 
+def test_help_is_given_once(tmp_path):
+    started = Started(2, tmp_path, ranks.command, "generate", "--help")
+    assert started.wait(20) == [0, 0]
+    assert started.out().count("--max-steps") >= 1
+    assert started.all_said() == started.out(1) == ""
+
+
+@pytest.mark.slow
 def test_more_ranks_than_a_model_can_be_shared_by(tmp_path):
     started = Started(5, tmp_path, ranks.command, "generate", *outputs(tmp_path))
     assert started.wait() == [2, *[0] * 4]
     assert_one_line(started, "5 ranks")
 
 
+@pytest.mark.slow
 def test_one_that_does_not_answer(tmp_path):
     """It is stopped, and so says nothing at all, not even that it is gone."""
     started = Started(2, tmp_path, impatient, *outputs(tmp_path), "--pace", 30)

@@ -44,7 +44,7 @@ from ..attention import Plan
 from ..backend import PyTorchBackend, choose_backend
 from ..cache import Cache
 from ..config import Config
-from ..errors import InputError, one_line, refusing, require
+from ..errors import InputError, is_out_of_memory, one_line, refusing, require
 from ..files import unfinished
 from ..hub import load
 from ..hub.checkpoint import HEAD, Extras, Stored, empty_weights, safetensors_files
@@ -409,16 +409,17 @@ class Ranks:
 
     def make_buffer(self, x: Tensor) -> Tensor | None:
         """None where any of the ranks has no such memory: its GPUs cannot read each other's, or PyTorch is older."""
-        buffer = None
+        works_here = False
         with suppress(ImportError, AttributeError, RuntimeError):
             import torch.distributed._symmetric_memory as symmetric_memory
 
+            _ = torch.ops.symm_mem.one_shot_all_reduce_copy
             buffer = symmetric_memory.empty(LARGEST_ONE_SHOT // x.itemsize, dtype=x.dtype, device=x.device)
             symmetric_memory.rendezvous(buffer, dist.group.WORLD.group_name)
-            _ = torch.ops.symm_mem.one_shot_all_reduce_copy
-        worked = torch.tensor(buffer is not None, dtype=torch.int32, device=x.device)
-        dist.all_reduce(worked, dist.ReduceOp.MIN)
-        return buffer if worked.item() else None
+            works_here = True
+        works = torch.tensor(works_here, dtype=torch.int32, device=x.device)
+        dist.all_reduce(works, dist.ReduceOp.MIN)
+        return buffer if works.item() == 1 else None
 
     def largest(self, numbers: Tensor) -> Tensor:
         """The largest of all ranks', at each place."""
@@ -447,7 +448,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            self.has_failed(error)
+            if not is_out_of_memory(error):
+                self.has_failed(error)
             raise
 
     # ---- words
@@ -467,8 +469,8 @@ class Ranks:
 
         Asked before they are loaded, since ranks then read, and round, in step.
         """
-        for rank, theirs in self.exchange(fingerprints(folder)).items():
-            mine = fingerprints(folder)
+        mine = fingerprints(folder)
+        for rank, theirs in self.exchange(mine).items():
             differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             require(not differing, f"rank {rank} sees another {', '.join(differing[:3])} in {folder} than rank 0")
 
@@ -491,11 +493,13 @@ class Leader(Ranks):
 
     def meet_followers(self, store: dist.Store) -> dict[int, "Line"]:
         secret = secrets.token_hex()  # who does not know it is none of us
-        host = "127.0.0.1" if self.one_host else os.environ["MASTER_ADDR"]
+        host = "127.0.0.1" if self.one_host else os.environ["MASTER_ADDR"]  # where the others find this one,
+        heard_on = host if self.one_host else ""  # and on which networks it hears them: all
         lines = {}
-        with socket.create_server((host if self.one_host else "", 0)) as server:
+        with refusing("the ranks do not meet"), socket.create_server((heard_on, 0)) as server:
             server.settimeout(SECONDS)
-            store.set(ADDRESS, json.dumps([host, server.getsockname()[1], secret]))
+            port = server.getsockname()[1]
+            store.set(ADDRESS, json.dumps([host, port, secret]))
             while len(lines) < self.count - 1:
                 line = Line(server.accept()[0], SECONDS_OF_SILENCE / 2)
                 hello = line.hear() or {}
