@@ -108,7 +108,7 @@ def test_what_cannot_be_shared_is_refused_with_its_numbers(numbers, culprit):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.slow)])
 def test_random_models_have_the_logits_of_one_process(tmp_path, count, examples):
     started = Started(count, tmp_path, ranks.compare_models, tmp_path, examples)
     assert started.wait() == [0] * count, started.all_said()

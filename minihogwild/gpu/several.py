@@ -633,7 +633,8 @@ class Follower(Ranks):
                     page_size = order["page_size"]
                     cache = Cache(model.config, order["blocks"], model.dtype, model.device, backend, page_size)
                 elif what == "step":
-                    tokens = torch.zeros(sum(order["counts"]), dtype=torch.int64)  # rank 0's will take their place
+                    count = sum(order["counts"])
+                    tokens = torch.zeros(count, dtype=torch.int64, device=model.device)  # rank 0's take their place
                     step_on_device(order["views"], order["counts"], tokens, model.weights, model.config, cache)
                 elif what == "move":
                     cache.move(order["from"], order["to"])
