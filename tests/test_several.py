@@ -45,17 +45,14 @@ def share(rank: int, count: int, shape, format=None, quantize=None):
 @given(configs(), st.integers(2, 6))
 def test_ranks_have_all_of_a_model_and_nothing_twice_but_heads_of_keys(shape, count):
     shape = replace(shape, moe_intermediate_size=28)
-    if shape.num_attention_heads < count:
-        with refused(f"{shape.num_attention_heads} heads", f"{count} ranks"):
-            share(0, count, shape)
-        return
     G = shape.num_attention_heads // shape.num_key_value_heads
-    try:
-        shares = [share(rank, count, shape) for rank in range(count)]
-    except ValueError:
-        # Of five key/value heads and six ranks, two ranks must have one: refused where it has but one query head.
-        assert count > shape.num_key_value_heads * G or -(-count // shape.num_key_value_heads) > G
+    most_sharing = -(-count // shape.num_key_value_heads)
+    if most_sharing > G:  # of five key/value heads and six ranks, two ranks must have one, and each a part of its G
+        for rank in range(count):  # and all of them must know it
+            with refused(f"{shape.num_key_value_heads} for keys and values", f"{count} ranks"):
+                share(rank, count, shape)
         return
+    shares = [share(rank, count, shape) for rank in range(count)]
     for field in ("heads", "inner", "inner_of_expert"):
         spans = [getattr(one, field) for one in shares]
         if spans[0].total == 0:  # no layer is of that kind
@@ -114,7 +111,6 @@ def test_random_models_have_the_logits_of_one_process(tmp_path, count, examples)
     assert started.wait() == [0] * count, started.all_said()
     for rank in range(count):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(found.pop("refused")) < 0.7 * examples
         for dtype, differences in found.items():
             assert differences
             assert max(differences) <= TOLERANCE[dtype], f"rank {rank}"
@@ -214,7 +210,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-SOME_STEPS = ["--max-steps", 30]
+SOME_STEPS = ["--max-steps", 60]
 
 
 def outputs(folder: Path) -> list[object]:

@@ -105,12 +105,13 @@ def heads_of(rank: int, count: int, config: Config, unit: int) -> tuple[Span, Sp
     if -(-K // at_once) >= count:
         kv = span_of(rank, count, K, at_once, "num_key_value_heads")
         return kv.times(G), kv
-    head = rank * K // count
-    sharing = [other for other in range(count) if other * K // count == head]  # the ranks that have this head
-    has_enough = count > K and len(sharing) * unit <= G and G % unit == 0
+    most_sharing = -(-count // K)  # ranks that have the same head
+    has_enough = count > K and most_sharing * unit <= G and G % unit == 0
     shape = f"{H} heads, and {K} for keys and values"
     in_units = f", with 4-bit groups of {unit} heads" if unit > 1 else ""
     require(has_enough, f"a model of {shape}{in_units} cannot be shared by {count} ranks: start fewer")
+    head = rank * K // count
+    sharing = [other for other in range(count) if other * K // count == head]
     part = span_of(sharing.index(rank), len(sharing), G, unit, "num_attention_heads")
     return Span(head * G + part.start, head * G + part.stop, H), Span(head, head + 1, K)
 
