@@ -2,17 +2,23 @@
 
     python benchmarks/decode.py --shape qwq-32b --layers 16
     python benchmarks/decode.py MODEL --dtype float32 --workers 1,2,4 --contexts 128,1024
+    torchrun --nproc-per-node 2 benchmarks/decode.py --shape qwq-32b
 
 Takes a model's folder, or a shape with random weights, and runs on a GPU where there is one. The context is a common
 block; each worker has a block of its own after it. Shown are the median of all steps but the very first, which compiles
 and records; of the first fifty of them alone; and what the host does for a step, on its own clock, in those fifty. With
 --whole, the same beside a whole run: sampling, step ends, moves and text. The last line is one JSON object.
+
+Under torchrun several GPUs share the model, and what memory allows is that of rank 0. Shown besides are the same steps
+with sums by NCCL alone, and without any sums, whose results are nonsense; and of each rank how long it took to load (or
+to invent) its part, and the memory that it then had at most.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -25,11 +31,14 @@ import torch
 from torch import Tensor
 
 from minihogwild import Cache, Config, LayerKind, Model, Rope, Run, Sampling, Weights, load
+from minihogwild.backend import PyTorchBackend, choose_backend
+from minihogwild.commands import ranks_started
+from minihogwild.gpu.several import Ranks, SharedBackend, join
 from minihogwild.hub import DTYPES, Tokenizer
 from minihogwild.hub.checkpoint import Extras, empty_weights
 from minihogwild.hub.quantized import Awq, Packed, Plain, Rounded
 from minihogwild.model import step_on_device
-from minihogwild.packed import EightBit, FourBit
+from minihogwild.packed import EightBit, FourBit, Stacked
 from minihogwild.plan import bytes_of_token
 from minihogwild.weights import Dense, Matrix
 
@@ -79,11 +88,21 @@ STORAGES = {
 
 def main() -> None:
     options = arguments().parse_args()
+    ranks = None
+    if ranks_started() > 1:
+        if options.whole:
+            sys.exit("--whole: it runs in one process alone")
+        ranks = join("decode")
+        if ranks.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end
     torch.manual_seed(0)
     device = torch.device(options.device)
     speed = copy_speed(device)  # before there is a model: its copies are large
-    config, weights = load_or_invent(options)
+    began = time.perf_counter()
+    config, weights = load_or_invent(options, ranks)
+    load_seconds = time.perf_counter() - began
     dtype = weights.embed.dtype
+    backends = backends_of(device, dtype, ranks)
     machine = {"device": name_of(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(*(f"{key} {value}" for key, value in machine.items()), sep=" · ")
 
@@ -91,12 +110,17 @@ def main() -> None:
     print(f"{options.model or options.shape}, {config.num_hidden_layers} layers, {options.dtype}, {options.weights}")
     print(f"copy speed {speed / 1e9:.0f} GB/s; the model has {weights.nbytes / 1e9:.3f} GB, ", end="")
     print(f"{token_bytes} bytes a token\n")
-    print("workers  context   reference        step   ratio   first 50   host of those   tokens/s   step(W)/step(1)")
+    heads = "workers  context   reference        step   ratio   first 50   host of those   tokens/s   step(W)/step(1)"
+    print("   ".join([heads, *(way for way in backends if way != "step")]))
     results = []
     ms_of_first = {}  # by context: of the first number of workers
     for context in options.contexts:
         for workers in options.workers:
-            measured = measure(config, weights, workers, context, options.steps)
+            by_way = {}
+            for way, backend in backends.items():
+                by_way[way] = measure(config, weights, workers, context, options.steps, backend)
+            measured = by_way.pop("step")
+            others = {way: of_way.ms for way, of_way in by_way.items()}
             weight_bytes = bytes_read_of(weights, config, workers)
             reference = 1e3 * (weight_bytes + measured.tokens * token_bytes) / speed
             ms_of_first.setdefault(context, measured.ms)
@@ -111,13 +135,18 @@ def main() -> None:
                 "tokens_per_second": 1e3 * workers / measured.ms,
                 "cost": measured.ms / ms_of_first[context],
             }
-            results.append({key: round(value, 4) for key, value in result.items()})
             print("{:7} {:8} {:8.3f} ms {:8.3f} ms {:7.3f} {:7.3f} ms {:12.3f} ms {:10.1f} {:17.3f}".format(
-                *result.values()), flush=True)  # fmt: skip
+                *result.values()), end="")  # fmt: skip
+            print("".join(f"   {ms:{len(way) - 3}.3f} ms" for way, ms in others.items()), flush=True)
+            results.append({key: round(value, 4) for key, value in (result | others).items()})
     if options.whole:
         add_whole_runs(results, config, weights, options.steps)
+    of_ranks = tell_of_ranks(ranks, load_seconds, weights, device)
     made = {"copy_bytes_per_second": round(speed), "weight_bytes": weights.nbytes, "cache_bytes_per_token": token_bytes}
+    made["ranks"] = of_ranks
     print(json.dumps({**vars(options), **machine, "layers": config.num_hidden_layers, **made, "results": results}))
+    if ranks is not None:
+        ranks.end(0)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -140,9 +169,48 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def load_or_invent(options: argparse.Namespace) -> tuple[Config, Weights]:
+def backends_of(device: torch.device, dtype: torch.dtype, ranks: Ranks | None) -> dict[str, PyTorchBackend]:
+    """What is measured, by name; "step", the usual one, among them."""
+    usual = choose_backend(device, dtype, ranks=ranks)
+    if ranks is None:
+        return {"step": usual}
+    ways = {"without sums": WithoutSums(choose_backend(device, dtype), ranks)}
+    if device.type == "cuda":
+        ways["sums by NCCL"] = SumsOfNccl(choose_backend(device, dtype), ranks)
+    return ways | {"step": usual}
+
+
+class WithoutSums(SharedBackend):
+    """All else that ranks do: what it computes is nonsense."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+class SumsOfNccl(SharedBackend):
+    def reduce(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x)
+        return x
+
+
+def tell_of_ranks(ranks: Ranks | None, load_seconds: float, weights: Weights, device: torch.device) -> list[dict]:
+    """Of each rank: seconds to load, bytes of its weights, and the most memory that it has had, here and on a GPU."""
+    own = {"load_seconds": round(load_seconds, 2), "weight_bytes": weights.nbytes}
+    own["host_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        own["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    if ranks is None:
+        return [own]
+    of_ranks = {ranks.rank: own} | ranks.exchange(own)
+    print()
+    for rank, numbers in of_ranks.items():
+        print(f"rank {rank}:", ", ".join(f"{name} {number:,}" for name, number in numbers.items()))
+    return list(of_ranks.values())
+
+
+def load_or_invent(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Config, Weights]:
     if options.model:
-        loaded = load(options.model, options.dtype, options.device)
+        loaded = load(options.model, options.dtype, options.device, ranks=ranks)
         return loaded.config, loaded.weights
     shape = SHAPES[options.shape]
     layers = shape.L if options.layers is None else options.layers
@@ -166,10 +234,18 @@ def load_or_invent(options: argparse.Namespace) -> tuple[Config, Weights]:
     storage = STORAGES[options.weights]
     dtype = DTYPES[options.dtype]
     extras = Extras(biases=shape.biases, qk_norms=shape.qk_norms)
-    weights, _ = empty_weights(config, dtype, options.device, extras, storage)
+    if ranks is None:
+        weights, _ = empty_weights(config, dtype, options.device, extras, storage)
+    else:
+        format = storage.format if isinstance(storage, Packed) else None
+        quantize = storage.bits if isinstance(storage, Rounded) else None
+        share = ranks.share_of(config, format, quantize, torch.device(options.device))
+        weights, _ = share.empty_weights(dtype, options.device, extras, storage)
+        config = share.config
     parts = [weights.embed, weights.norm, weights.head]
     for layer in weights.layers:
         parts += vars(layer).values()
+    parts.sort(key=lambda part: not isinstance(part, Tensor))  # first what all ranks have, and so the same numbers
     for part in parts:
         fill_at_random(part)
     return config, weights
@@ -183,6 +259,9 @@ def fill_at_random(part: Tensor | Matrix | None) -> None:
         part.normal_(0, part.shape[-1] ** -0.5)
     elif isinstance(part, Dense):
         fill_at_random(part.tensor)
+    elif isinstance(part, Stacked):
+        for matrix in part.parts:
+            fill_at_random(matrix)
     elif isinstance(part, EightBit):
         part.codes.random_(-127, 128)
         part.scale.fill_(part.codes.shape[-1] ** -0.5 / 64)
@@ -213,11 +292,13 @@ class Measured:
 
 
 @torch.no_grad()  # as `forward`, so that both are compiled once
-def measure(config: Config, weights: Weights, workers: int, context: int, steps: int) -> Measured:
+def measure(
+    config: Config, weights: Weights, workers: int, context: int, steps: int, backend: PyTorchBackend | None = None
+) -> Measured:
     """Steps of so many workers. What is sampled is fed, as in a run, and the host does not wait for it."""
     device = weights.embed.device
     names = [f"worker {w}" for w in range(workers)]
-    cache = Cache(config, ["common", *names], weights.embed.dtype, device)
+    cache = Cache(config, ["common", *names], weights.embed.dtype, device, backend)
     cache.extend([["common"], *([name] for name in names)], [context, *[1] * workers])
     for kv in cache.layers:
         kv.keys.normal_()

@@ -7,6 +7,7 @@ backend (`gpu/kernels.py`) gives some of them in another way, with the same resu
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 from .attention import LayerCache, Plan, Positions, append, attend, causal_mask_of, positions_of
 from .config import Config
 from .weights import Layer, Matrix
+
+if TYPE_CHECKING:
+    from .gpu.several import Ranks
 
 PREFILL_CHUNK = 256  # tokens of a prompt in one step, at most,
 PREFILL_SCORES = 2**25  # and attention scores in one layer
@@ -116,6 +120,9 @@ class PyTorchBackend:
         """The sum over all GPUs that share a model, each of which has computed a part of it. Here there is one."""
         return x
 
+    def tell(self, event: dict) -> None:
+        """What happens to the cache, for all GPUs that share a model to do the same. Here there is one."""
+
     def run(self, forward: Callable[..., Tensor], tokens: Tensor, weights, config, cache, plan: Plan) -> Tensor:
         """One forward pass: `model.forward`, with these arguments.
 
@@ -124,8 +131,22 @@ class PyTorchBackend:
         return forward(tokens, weights, config, cache, plan)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, kernels: bool = True) -> PyTorchBackend:
-    """Kernels on a CUDA device, unless they are switched off, lack Triton, or the dtype is float64; else PyTorch."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, kernels: bool = True, ranks: "Ranks | None" = None
+) -> PyTorchBackend:
+    """Kernels on a CUDA device, unless they are switched off, lack Triton, or the dtype is float64; else PyTorch.
+
+    `ranks` are the processes that share the model, each with a GPU of its own; None: there is one.
+    """
+    backend = fastest_backend(device, dtype, kernels)
+    if ranks is None:
+        return backend
+    from .gpu.several import SharedBackend  # not above: most have one GPU, if any
+
+    return SharedBackend(backend, ranks)
+
+
+def fastest_backend(device: torch.device, dtype: torch.dtype, kernels: bool) -> PyTorchBackend:
     on_gpu = device.type == "cuda" and dtype != torch.float64
     if kernels and on_gpu and find_spec("triton") is not None:
         from .gpu.kernels import TritonBackend  # not above: it needs Triton

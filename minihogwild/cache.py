@@ -75,6 +75,7 @@ class Cache:
             )
             for _ in config.layer_kinds
         ]
+        self.backend.tell({"do": "cache", "blocks": list(blocks), "page_size": page_size})
 
     def _name_blocks(self, blocks: list[str]) -> None:
         """These are the blocks from now on, all of them empty, and all pages are free."""
@@ -92,6 +93,7 @@ class Cache:
         """
         with self._changing("a new beginning"):
             self._name_blocks(blocks)
+        self.backend.tell({"do": "begin anew", "blocks": list(blocks)})
 
     # ---- what a step and a move do to blocks
 
@@ -102,6 +104,7 @@ class Cache:
         Raises InputError where the views contradict each other or memory is out; the cache is then as it was.
         """
         check_step(views, counts, self.lengths)
+        self.backend.tell({"do": "step", "views": views, "counts": counts})
         own_blocks = [view[-1] for view in views]
         with self._changing("a step"):
             self._make_room_for(own_blocks, counts)
@@ -129,6 +132,7 @@ class Cache:
         Raises InputError for a block that the cache does not have, or a move onto itself.
         """
         check_move(source, target, self.lengths)
+        self.backend.tell({"do": "move", "from": source, "to": target})
         count, start = self.lengths[source], self.lengths[target]
         with self._changing("a move"):
             old_slots = self._slots(source, 0, count)
@@ -149,6 +153,7 @@ class Cache:
     def drop(self, block: str) -> None:
         """Empty a block: what it held is forgotten. Raises InputError for a block that the cache does not have."""
         check_known([block], self.lengths)
+        self.backend.tell({"do": "drop", "block": block})
         with self._changing("a drop"):
             self._empty(block)
 
@@ -335,6 +340,7 @@ class Cache:
         self.free += range(pool, pages)  # higher than those that are free already: so they stay in order
         self.page_owner = np.concatenate((self.page_owner, np.full(pages - pool, NOBODY)))
         self.page_start = np.concatenate((self.page_start, np.zeros(pages - pool, dtype=np.int64)))
+        self.backend.tell({"do": "grown", "pool_version": self.pool_version})
 
 
 def spare_pages(pool: int) -> int:

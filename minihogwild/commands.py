@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from .sampling import Sampling
 
 # Exit codes, beside 0; a command may give 1 a meaning of its own
 OUTPUT_CLOSED = 1
+MISTAKE = 1  # of ours: Python's own
 CANNOT_BE_DONE = 2
 INTERRUPTED = 130  # as shells have it: 128, and the number of the signal
 
@@ -95,30 +97,61 @@ def run_command(command: Callable[[argparse.Namespace], int], parser: Parser, ar
 
     The command's own code; or 2, with one line on standard error, for what can't be done; 130 when interrupted; 1 when
     nobody reads the output any more. An error that none of this is, a mistake of ours, is raised.
+
+    Where torchrun has started several processes, the first one does all this, and the others follow it; none of them
+    comes back from here.
     """
+    is_whole_program = argv is None
+    if is_whole_program and ranks_started() > 1 and int(os.environ["RANK"]) > 0:
+        from .gpu.several import follow  # not above: most have one GPU, if any
+
+        follow(parser.prog)
     if sys.stderr is None:  # closed: what belongs there goes nowhere, where print would take standard output
         sys.stderr = io.StringIO()
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     replace_what_the_terminal_cannot_show()
-    is_whole_program = argv is None
     if is_whole_program:
         interrupts.raise_keyboard_interrupt()
+    ranks = None
+    code = CANNOT_BE_DONE
     try:
+        if is_whole_program and ranks_started() > 1:
+            from .gpu.several import join
+
+            ranks = join(parser.prog)  # first of all: the others are there already, and end when this one does
         options = parser.parse_args(argv)
-        return command(options)
+        options.ranks = ranks
+        code = command(options)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         discard_remaining_output()
-        return OUTPUT_CLOSED
+        code = OUTPUT_CLOSED
     except BaseException as error:
+        if isinstance(error, SystemExit):  # after --help
+            code = error.code
+            raise
         if not is_told_in_one_line(error):
+            code = MISTAKE
+            if ranks is not None:
+                traceback.print_exc()  # the process will not come to where Python does it
             raise
         print(f"{parser.prog}: {message_of(error)}", file=sys.stderr)
-        return CANNOT_BE_DONE
     finally:
         if is_whole_program:
             interrupts.end_at_once()
+        if ranks is not None:
+            if code == INTERRUPTED and ranks.failure is not None:  # torchrun interrupts all, where one has failed
+                print(f"{parser.prog}: {message_of(InputError(ranks.failure))}", file=sys.stderr)
+                code = CANNOT_BE_DONE
+            ranks.end(code)
+    return code
+
+
+def ranks_started() -> int:
+    """How many processes torchrun has started for this command; 1 where it was not torchrun that did."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
 
 
 def replace_what_the_terminal_cannot_show() -> None:

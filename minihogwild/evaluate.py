@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .backend import PyTorchBackend
+from .backend import choose_backend
 from .commands import (
     DUET,
     Parser,
@@ -115,7 +115,13 @@ def command(options: argparse.Namespace) -> int:
     words = load_prompts(options.prompts) if options.prompts else prompts_of(folder)
     require_workers(options.workers[-1], words)
     model = load(
-        options.model, options.dtype, options.device, folder=folder, quantize=options.quantize, context=options.context
+        options.model,
+        options.dtype,
+        options.device,
+        folder=folder,
+        quantize=options.quantize,
+        context=options.context,
+        ranks=options.ranks,
     )
     spare_threads(model.config)
     model = replace(model, sampling=replace(model.sampling, **sampling))
@@ -210,7 +216,9 @@ def solve(
     batch: Batch, problems: list[Problem], model: Model, words: Prompts, options: argparse.Namespace
 ) -> Iterator[dict]:
     """Run a batch to its end; yields the results, by the problems' indices."""
-    backend = model.backend if options.kernels == "auto" else PyTorchBackend()
+    backend = model.backend
+    if options.kernels == "off":
+        backend = choose_backend(model.device, model.dtype, kernels=False, ranks=model.ranks)
     workers, layout = batch.setting.workers, batch.setting.layout
     prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
     model.tokenizer.render_ahead(prompts)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .errors import refusing, require
 
+# Files that are being written, beside those that they will be: for whoever must end this process at once
+unfinished: set[Path] = set()
+
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises InputError, with the file's name, for anything else."""
@@ -115,6 +118,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     number, name = tempfile.mkstemp(".part", ".minihogwild-", target.parent)  # a name that nothing has
     os.close(number)
     beside = Path(name)
+    unfinished.add(beside)
     try:
         with beside.open("wb") as file:
             for chunk in chunks:
@@ -123,6 +127,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+        unfinished.discard(beside)
 
 
 def mode_of(path: Path) -> int:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import disable_progress_bars
 from rich import get_console
 
 from . import interrupts
-from .backend import PyTorchBackend
+from .backend import choose_backend
 from .commands import (
     CONTROL_CODES,
     DUET,
@@ -66,6 +66,8 @@ def command(options: argparse.Namespace) -> int:
         require_options_of_plan(options)
         print(plan(options.model, options.dtype, options.context))
         return 0
+    heads_are_here = options.ranks is None
+    require(heads_are_here or options.trace is None, "--trace: it shows all heads, so run it in one process")
     is_drawn = prepare_terminal(options)
     sampling = sampling_asked_for(options)
     require_pace(options.pace)
@@ -75,7 +77,13 @@ def command(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt, prompts.problem)
 
     model = load(
-        options.model, options.dtype, options.device, folder=folder, quantize=options.quantize, context=options.context
+        options.model,
+        options.dtype,
+        options.device,
+        folder=folder,
+        quantize=options.quantize,
+        context=options.context,
+        ranks=options.ranks,
     )
     spare_threads(model.config)
     run = Run(
@@ -87,7 +95,7 @@ def command(options: argparse.Namespace) -> int:
         replace(model.sampling, **sampling),
         options.seed,
         prompts,
-        backend=PyTorchBackend() if options.kernels == "off" else None,
+        backend=choose_backend(model.device, model.dtype, options.kernels == "auto", model.ranks),
     )
     if options.prompt is None and prompt == prompts.problem:
         print(CONTROL_CODES.sub("", prompt), end="\n\n", flush=True)
@@ -113,7 +121,7 @@ def require_options_of_plan(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         is_given = value != parser.get_default(name)
         option = "PROMPT" if name == "prompt" else "--" + name.replace("_", "-")
-        taken = name in ("plan", "model", "dtype", "context")
+        taken = name in ("plan", "model", "dtype", "context", "ranks")
         require(taken or not is_given, f"--plan takes --model, --dtype and --context, not {option}")
 
 

@@ -85,13 +85,19 @@ class EightBit:
     def __getitem__(self, expert: int) -> "EightBit":
         return EightBit(self.codes[expert], self.scale[expert])
 
-    def fill(self, start: int, weight: Tensor) -> None:
-        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 255 that the row can have."""
+    def fill(self, start: int, weight: Tensor, largest: Tensor | None = None) -> None:
+        """Put these rows, [n, E], at row `start`: each number becomes the nearest of 255 that the row can have.
+
+        `largest` [n] is the largest number of each row, where that is not among these: they are but a part of the row.
+        """
         for first, some in in_few_rows(start, weight):
             some = some.to(self.scale.device, torch.float32)
             rows = slice(first, first + len(some))
-            largest = some.abs().amax(1).clamp_min(SMALLEST)
-            self.scale[rows] = largest / HIGHEST_CODE_OF_8
+            if largest is None:
+                largest_here = some.abs().amax(1)
+            else:
+                largest_here = largest[first - start : first - start + len(some)].to(some)
+            self.scale[rows] = largest_here.clamp_min(SMALLEST) / HIGHEST_CODE_OF_8
             exact_codes = some / self.scale[rows, None].float()  # by the scale as it has been stored, rounded
             self.codes[rows] = exact_codes.round().clamp(-HIGHEST_CODE_OF_8, HIGHEST_CODE_OF_8).to(torch.int8)
 
@@ -338,8 +344,11 @@ class Stacked:
         return sum(part.nbytes for part in self.parts)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = torch.cat([part.times(x) for part in self.parts], -1)
-        return with_bias(product, bias)
+        return self.join([part.times(x) for part in self.parts], bias)
+
+    def join(self, products: list[Tensor], bias: Tensor | None) -> Tensor:
+        """The product, from those with each part."""
+        return with_bias(torch.cat(products, -1), bias)
 
     def float64(self) -> Tensor:
         return torch.cat([part.float64() for part in self.parts])

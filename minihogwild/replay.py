@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .backend import PyTorchBackend
+from .backend import choose_backend
 from .cache import Cache, check_known, check_move, check_step
 from .commands import Parser, add_model_options, run_command, spare_threads
 from .config import Config
@@ -269,9 +269,16 @@ def command(options: argparse.Namespace) -> int:
     files_read = [options.schedule, *Path(options.model).glob("*")]
     require_writable(options.out, "--out", files_read)
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
+    require(not options.oracle or options.ranks is None, "--oracle: it runs in one process alone")
     device = "cpu" if options.oracle else options.device
     model = load(
-        options.model, options.dtype, device, with_tokenizer=False, quantize=options.quantize, context=options.context
+        options.model,
+        options.dtype,
+        device,
+        with_tokenizer=False,
+        quantize=options.quantize,
+        context=options.context,
+        ranks=options.ranks,
     )
     spare_threads(model.config)
     schedule = read_schedule(options.schedule, model.config.vocab_size)
@@ -286,8 +293,9 @@ def command(options: argparse.Namespace) -> int:
             shapes[index] = [workers, model.config.vocab_size]
 
     cache = None
-    if options.kernels == "off" and not options.oracle:
-        cache = model.cache_for(schedule["blocks"], PyTorchBackend())
+    if not options.oracle:
+        backend = choose_backend(model.device, model.dtype, options.kernels == "auto", model.ranks)
+        cache = model.cache_for(schedule["blocks"], backend)
     results = replay(schedule, model, options.oracle, cache)
     digests = DigestCheck(events)
     if not options.oracle:  # whose bits are its own, even in float64

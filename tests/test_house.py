@@ -26,6 +26,7 @@ ORDER = [
     "sampling",
     "layouts",
     "hub",
+    "gpu.several",  # reads a part of a model, by what the hub's files do
     "prompts",
     "workers",
     "gpu.pipeline",  # a driver for a Run

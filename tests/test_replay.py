@@ -262,14 +262,15 @@ def test_a_folder_without_a_tokenizer_is_enough(tmp_path, oracle):
 
 
 def test_without_kernels_it_is_pytorchs_backend(tmp_path):
-    with patch.object(replay, "Cache", side_effect=Cache) as caches:
+    chosen = patch.object(replay, "choose_backend", side_effect=replay.choose_backend)
+    with patch.object(replay, "Cache", side_effect=Cache) as caches, chosen as choices:
         for options in ([], ["--kernels", "auto"], ["--kernels", "off"]):
             assert replayed(tmp_path, schedule(PROMPT), *options, of=TINY)[0] == 0
         assert replayed(tmp_path, schedule(PROMPT), "--kernels", "off", "--oracle", of=TINY)[0] == 0
-    backends = [arguments.args[4:] for arguments in caches.call_args_list]
-    assert backends[:2] == [(), ()]  # left to the cache
-    assert type(backends[2][0]) is PyTorchBackend
-    assert len(backends) == 3  # the oracle needs none
+    with_kernels = [arguments.args[2] for arguments in choices.call_args_list]
+    assert with_kernels == [True, True, False]  # the oracle needs no backend
+    backends = [arguments.args[4] for arguments in caches.call_args_list]
+    assert [type(backend) for backend in backends] == [PyTorchBackend] * 3
     code, _, err = replayed(tmp_path, schedule(PROMPT), "--kernels", "on", of=TINY)
     assert code == 2
     assert_one_line(err, "replay", "--kernels")

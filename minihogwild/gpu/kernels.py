@@ -14,7 +14,7 @@ from ..attention import LayerCache, Plan, Positions
 from ..backend import Chosen, PyTorchBackend
 from ..config import Config
 from ..packed import EightBit, FourBit, Stacked
-from ..weights import Dense, Layer, Matrix, Weights, with_bias
+from ..weights import Dense, Layer, Matrix, Weights
 from . import pointwise
 from .attention import append, attend_to_one_block, attend_to_pages, positions
 from .experts import Groups, choose, groups_of, mix
@@ -52,8 +52,7 @@ class TritonBackend(PyTorchBackend):
 
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Stacked):
-            product = torch.cat([self.linear(x, part) for part in weight.parts], -1)
-            return with_bias(product, bias)
+            return weight.join([self.linear(x, part) for part in weight.parts], bias)
         few_rows = len(x) <= FEW_ROWS
         half_precision = x.dtype.itemsize == 2
         if half_precision and isinstance(weight, FourBit) and suits_kernel(weight):

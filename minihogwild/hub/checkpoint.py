@@ -9,7 +9,9 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -22,7 +24,10 @@ from ..packed import FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights, name_of_dtype
 from .folder import require_there
 from .progress import Bar
-from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Rounded, Storage, Turned, storage_of
+from .quantized import FLOATS, PACKED, Checked, Format, Packed, Place, Plain, Storage, Turned, storage_of
+
+if TYPE_CHECKING:
+    from ..gpu.several import Share
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # fields of Layer that are matrices, and not plain tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -151,7 +156,7 @@ def empty_weights(
     norm = allocate({"model.norm.weight": [E]})
     if not config.tie_word_embeddings:
         head = allocate_matrix({HEAD: [V, E]})
-    elif isinstance(storage, Rounded):
+    elif storage.rounds:
         # The head is a rounded copy: a step reads all of it, and of the embedding a few rows.
         head, filled = storage.allocate({HEAD: [V, E]}, (), dtype, device)
         places[EMBEDDING] = both(embed, filled[HEAD])
@@ -197,11 +202,13 @@ def load_weights(
     model: str = "the model",
     format: Format | None = None,
     quantize: int | None = None,
+    share: "Share | None" = None,
 ) -> Weights:
     """Fill Weights from a folder's safetensors. `model` is its name, for messages.
 
-    `format` is that of a packed checkpoint. A plain one may be rounded to `quantize` bits, 8 or 4. Raises InputError,
-    by name, for a tensor that is unknown, missing, stands twice, or has another shape or dtype.
+    `format` is that of a packed checkpoint. A plain one may be rounded to `quantize` bits, 8 or 4. `share` is what one
+    of several GPUs is to have of them (None: everything), and no more is read. Raises InputError, by name, for a tensor
+    that is unknown, missing, stands twice, or has another shape or dtype.
     """
     stored = find_tensors(folder)
     # Saved rotations are no parameters; nor is the head that a tied model shares with its embedding.
@@ -226,12 +233,18 @@ def load_weights(
         if isinstance(place, Checked):
             fill(place, stored.pop(name))
 
+    if share is None:
+        allocate = partial(empty_weights, config)
+    else:
+        allocate = share.empty_weights
+        planned, places = allocate(dtype, "meta", extras, storage)
+        stored = share.cut(stored, places)
     stored_as = storage.name or name_of_dtype(dtype)
     nbytes = planned.nbytes
     if device.type == "cpu":
         nbytes += bytes_to_prepare(planned, dtype)
     with allocating(nbytes, f"{model}'s weights in {stored_as}", device):
-        weights, places = empty_weights(config, dtype, device, extras, storage)
+        weights, places = allocate(dtype, device, extras, storage)
     for name, tensor in Bar(stored.items(), desc="loading"):
         fill(places[name], tensor)  # so one tensor at a time is held twice, and no more
     if shared_head is not None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub  # imports what is asked of it, and only then
 import torch
@@ -22,6 +23,9 @@ from .folder import require_there
 from .progress import Bar, close_bars
 from .quantized import Format, awq_format, format_of, gptq_format
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ..gpu.several import Ranks
 
 logger = logging.getLogger("minihogwild")
 
@@ -63,6 +67,7 @@ class Model:
     tokenizer: Tokenizer | None  # None: loaded without one
     sampling: Sampling  # generation_config.json's
     eos: frozenset[int]  # end-of-sequence ids: generation_config.json's or config.json's, and the tokenizer's
+    ranks: "Ranks | None" = None  # the processes that share it, where `config` and `weights` are those of one of them
     # Of the last run that has come to its end: the next takes it over, with its memory and all that was recorded for it
     idle_cache: Cache | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -77,7 +82,7 @@ class Model:
     @cached_property
     def backend(self) -> PyTorchBackend:
         """The fastest that there is; one object for all runs."""
-        return choose_backend(self.device, self.dtype)
+        return choose_backend(self.device, self.dtype, ranks=self.ranks)
 
     def cache_for(self, blocks: list[str], backend: PyTorchBackend | None = None) -> Cache:
         """An empty cache with these blocks; `backend` None is the model's own."""
@@ -98,6 +103,7 @@ def load(
     with_tokenizer: bool = True,
     quantize: int | None = None,
     context: int | None = None,
+    ranks: "Ranks | None" = None,
 ) -> Model:
     """Load a model from a local folder, or else from the hub repository of that name.
 
@@ -105,6 +111,7 @@ def load(
     else cpu. `folder` is what `fetch(name)` gave, for whoever has asked for it before. Without its tokenizer, a folder
     needs config.json and weights alone. `quantize` (8 or 4) rounds the matrices of a plain checkpoint to so many bits.
     `context` is how many tokens a view may hold, for whoever knows better than config.json.
+    `ranks` are the processes that share the model, each with a GPU of its own (gpu/several.py); this one gets its part.
     Raises InputError, with the culprit's name, for whatever is missing, unknown, or would change the mathematics
     without our support.
     """
@@ -130,8 +137,17 @@ def load(
     sampling, eos = read_generation_defaults(folder, settings)
     if tokenizer is not None:
         eos |= tokenizer.eos  # a fine-tuned model's may stand there alone: the other files are those of its base
-    weights = load_weights(folder, config, dtype, device, str(name), format, quantize)
-    return Model(str(name), folder, config, weights, tokenizer, sampling, eos)
+    share = None
+    if ranks is not None:
+        options = {"name": str(name), "dtype": name_of_dtype(dtype), "device": device.type}
+        ranks.tell({"do": "load", **options, "quantize": quantize, "context": context})
+        share = ranks.share_of(config, format, quantize, device)
+        ranks.agree_on_files(folder)
+    weights = load_weights(folder, config, dtype, device, str(name), format, quantize, share)
+    if ranks is not None:
+        ranks.wait_for_all()
+        config = share.config
+    return Model(str(name), folder, config, weights, tokenizer, sampling, eos, ranks)
 
 
 # Files in which older writers say what `quantization_config` in config.json says now, and their names for its keys

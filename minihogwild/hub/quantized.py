@@ -53,6 +53,7 @@ class Storage(Protocol):
     """A way to store matrices."""
 
     name: str  # for messages
+    rounds: bool  # numbers of the checkpoint to others?
 
     def allocate(
         self, shapes: dict[str, list[int]], stack: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
@@ -69,6 +70,7 @@ class Plain:
     """Every matrix as it is, in the model's dtype."""
 
     name: str = ""
+    rounds = False
 
     def allocate(self, shapes, stack, dtype, device):
         matrix = Dense(torch.empty(*stack, *total_shape(shapes, stack), dtype=dtype, device=device))
@@ -83,6 +85,7 @@ class Rounded:
     """Every matrix of a plain checkpoint rounded to 8 bits, or to 4; the head to 8 in any case."""
 
     bits: int
+    rounds = True
 
     @property
     def name(self) -> str:
@@ -95,19 +98,23 @@ class Rounded:
         if self.bits == 8 or "lm_head.weight" in shapes:
             matrix = empty_eight_bit(N, E, dtype_of_scale, device, stack)
         else:
-            group = largest_group(E)
             first = next(iter(shapes))
+            group = self.group_of(first, E)
             require(group, f"4 bits: {first} has rows of {E} numbers, no multiple of {GROUPS[-1]}")
             matrix = empty_four_bit(N, E, group, dtype_of_scale, device, stack)
         places = {}
         for name, (part, start) in parts_of(matrix, shapes, stack).items():
-            places[name] = Turned(shapes[name], functools.partial(fill_with_finite, part, start))
+            places[name] = Turned(shapes[name], functools.partial(self.fill, part, start, name))
         return matrix, places
 
+    def group_of(self, name: str, E: int) -> int | None:
+        """Columns that share a scale in 4 bits; `name` is a tensor's of the matrix."""
+        return largest_group(E)
 
-def fill_with_finite(part: EightBit | FourBit, start: int, weight: Tensor) -> None:
-    require_finite(weight)  # what is not would become a number like any other
-    part.fill(start, weight)
+    def fill(self, part: EightBit | FourBit, start: int, name: str, weight: Tensor) -> None:
+        """Put the checkpoint's tensor of that name in its place."""
+        require_finite(weight)  # what is not would become a number like any other
+        part.fill(start, weight)
 
 
 def require_finite(numbers: Tensor) -> None:
@@ -327,6 +334,7 @@ class Packed:
     format: Format
     stored: Collection[str]  # names of all tensors of the checkpoint
     dtype_of_scale: torch.dtype
+    rounds = False
 
     @property
     def name(self) -> str:
