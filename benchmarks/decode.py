@@ -75,6 +75,7 @@ SHAPES = {
     ),
     "qwen3-8b": Shape(151936, 4096, 12288, 36, 32, 8, 128, Rope(rope_theta=1e6), qk_norms=True),
     "llama-3.1-8b": Shape(128256, 4096, 14336, 32, 32, 8, 128, LLAMA_3_ROPE),
+    "llama-3.3-70b": Shape(128256, 8192, 28672, 80, 64, 8, 128, LLAMA_3_ROPE),
     "smollm2-135m": Shape(49152, 576, 1536, 30, 9, 3, 64, Rope(rope_theta=1e5), tied=True),
 }
 
