@@ -29,7 +29,7 @@ from .commands import (
 )
 from .errors import refusing, require
 from .files import require_all_writable, require_file, target_of
-from .hub import Model, fetch, load
+from .hub import Model, fetch, files_of, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .scoring import HAS_MATH_VERIFY, PartsFound, Problem, asked, joined, read_problems, repeats, share_right
@@ -156,7 +156,7 @@ def require_workers(workers: int, words: Prompts) -> None:
 
 
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
-    read = [options.problems, *folder.glob("*")]
+    read = [options.problems, *files_of(folder)]
     if options.prompts is not None:
         read.append(options.prompts)
     require_all_writable({"--out": options.out, "--figure": options.figure}, read)

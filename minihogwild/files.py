@@ -51,8 +51,7 @@ def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:
     if is_stream(path):
         writable = os.access(path, os.W_OK)
     else:
-        folder_takes_files = os.access(f"{target.parent}/", os.W_OK)
-        writable = folder_takes_files and is_file_or_nothing(target)
+        writable = is_file_or_nothing(target) and takes_files(target.parent)
     require(writable, f"{option} {path}: no file can be written there")
     others = [target_of(other) for other in taken]
     require(target not in others, f"{option} {path}: this command reads or writes that file already")
@@ -82,6 +81,15 @@ def is_file_or_nothing(path: Path) -> bool:
     except OSError:  # the name is too long, say
         return False
     return stat.S_ISREG(kind)
+
+
+def takes_files(folder: Path) -> bool:
+    """Can a file be made there? Tried, and not asked: root may write everywhere, but /proc takes nothing."""
+    try:
+        tempfile.NamedTemporaryFile(prefix=".minihogwild-", dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) -> None:

@@ -25,7 +25,7 @@ from .commands import (
 )
 from .errors import one_line, require
 from .files import require_all_writable, write_whole
-from .hub import fetch, load
+from .hub import fetch, files_of, load
 from .layouts import LAYOUTS
 from .plan import plan
 from .prompts import Prompts, load_prompts, prompts_of
@@ -137,7 +137,7 @@ def outputs_of(options: argparse.Namespace) -> dict[str, Path]:
 
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     """Raise InputError for a file that can't be written, or that is read or written otherwise."""
-    read = [*folder.glob("*")]
+    read = files_of(folder)
     if options.prompts is not None:
         read.append(options.prompts)
     require_all_writable(outputs_of(options), read)

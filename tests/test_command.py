@@ -483,6 +483,25 @@ def test_long_names(command, tmp_path, length):
         assert "forward steps" not in err
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="this system has no /proc")
+@pytest.mark.parametrize("path", ["/proc/x", "/proc/self/fd/x.json"])
+def test_a_folder_that_takes_no_files_is_told_before_the_run(command, path):
+    """Root is told that it may write there; whether a file can be made is known only when one is."""
+    code, out, err = command("How?", "--max-steps", 1, "--json", path)
+    assert (code, out) == (2, "")
+    assert_one_line(err, "minihogwild", f"--json {path}: no file can be written there")
+
+
+def test_a_template_in_a_folder_of_its_own_is_no_place_for_results(command, folder):
+    template = folder / "additional_chat_templates" / "default.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages[0].content }}")
+    code, _, err = command("How?", "--max-steps", 1, "--json", template)
+    assert code == 2
+    assert_one_line(err, "minihogwild", f"--json {template}", "already")
+    assert template.read_text() == "{{ messages[0].content }}"
+
+
 # ---- what cannot be done
 
 

@@ -11,6 +11,7 @@ chat_template.py    a prompt to a conversation, in a process of its own (render_
 progress.py         a progress bar, for what takes long
 """
 
+from .folder import files_of
 from .loading import DTYPES, Model, fetch, fetch_config, load
 from .progress import Bar
 from .tokenizer import END_OF_THINK, TextStream, Tokenizer, opening_of
@@ -24,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "fetch",
     "fetch_config",
+    "files_of",
     "load",
     "opening_of",
 ]

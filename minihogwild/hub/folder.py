@@ -35,6 +35,11 @@ INSTEAD = {
 }
 
 
+def files_of(folder: Path) -> list[Path]:
+    """All that may be read there: of templates there may be a folder of their own."""
+    return [*folder.glob("*"), *folder.glob("*/*.jinja")]
+
+
 def require_there(path: Path) -> None:
     """Raise InputError where there is no such file, with what lies there in its place."""
     if os.path.lexists(path):
