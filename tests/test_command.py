@@ -212,11 +212,12 @@ def test_what_editors_and_shells_put_around_a_text_is_no_part_of_it(command, tmp
     assert prompt_tokens("-", around.format(" Two\nlines?")) == alone + 1  # spaces are text
 
 
-@pytest.mark.parametrize("source", ["prompt", "role", "header"])
+@pytest.mark.parametrize("source", ["prompt", "role", "header", "opening"])
 def test_a_text_that_no_context_holds_is_refused_before_it_becomes_tokens(command, tmp_path, source):
     """Fifty million characters: a tokenizer would take gigabytes for them."""
     words = tmp_path / "words.json"
-    fields = {"role": {"roles": ["a" * 50_000_000]}, "header": {"header_own": "a" * 50_000_000}}.get(source, {})
+    long = "a" * 50_000_000
+    fields = {"role": {"roles": [long]}, "header": {"header_own": long}, "opening": {"opening": long}}.get(source, {})
     words.write_text(json.dumps({"together": "{problem}"} | fields))
     prompt = b"a" * 50_000_000 if source == "prompt" else b"hi"
     with limited(10 * len(prompt) + 200_000_000):
@@ -257,6 +258,25 @@ def test_a_standard_input_that_does_not_block_is_read_to_its_end(monkeypatch):
         monkeypatch.setattr(sys, "stdin", standard_input)
         threading.Thread(target=write_slowly).start()
         assert generate.read_standard_input(wait_for_typing=True) == "one two"
+
+
+def test_a_standard_input_that_never_ends(command):
+    options = [sys.executable, "-m", "minihogwild.generate", "--max-steps", "1", "--device", "cpu"]
+    with open("/dev/zero", "rb") as endless:
+        done = subprocess.run(options, stdin=endless, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "minihogwild", "standard input: it holds more than")
+
+
+def test_memory_that_python_lacks_is_told(monkeypatch, capsys):
+    """Its own MemoryError has no message."""
+
+    def read(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "read_prompt", read)
+    assert main(["hi", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "minihogwild: out of memory\n"
 
 
 @pytest.mark.parametrize("option", ["prompts", "model", "json"])

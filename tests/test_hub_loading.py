@@ -390,6 +390,17 @@ def test_a_file_is_no_folder(tiny: Path):
             assert "it is a file: give the folder that it lies in" in message
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_folder_is_not_taken_for_a_repositorys_name(tmp_path: Path, kind: str, monkeypatch):
+    Hub(monkeypatch, AssertionError("it must not be looked up"))
+    path = tmp_path / "model"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    assert "what has that name here is no folder, nor a link to one" in refusal(load, str(path))
+
+
 def test_no_name_is_not_the_current_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """`--model "$MODEL"`, where no such variable is set."""
     monkeypatch.chdir(tiny)
@@ -610,7 +621,7 @@ def test_several_that_lie_there(tiny: Path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                                   "generation_config.json", "added_tokens.json", "chat_template.jinja",
-                                  "model.safetensors.index.json"])  # fmt: skip
+                                  "adapter_config.json", "model.safetensors.index.json"])  # fmt: skip
 def test_a_link_that_leads_nowhere_is_not_nothing(tiny: Path, name: str):
     """As in a snapshot of the hub's cache that was copied without the files that it links to."""
     (tiny / name).unlink(missing_ok=True)

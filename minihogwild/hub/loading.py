@@ -1,6 +1,7 @@
 """`load`: from the name of a model to the model."""
 
 import logging
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ def load(
         folder = fetch(str(name))
     require(isinstance(folder, Path), f"folder must be a Path, as fetch gives it, not {folder!r}")
     settings = read_config(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
+    if os.path.lexists(folder / "adapter_config.json"):
+        read_json(folder / "adapter_config.json")  # whatever it says
         logger.warning("adapter_config.json: the adapter is not applied")
     config = parse_config(settings, context)
     format = format_of(settings) or format_beside(folder)
@@ -239,6 +241,7 @@ def local_folder(name: str) -> Path | None:
     require(name, "its name is empty")
     path = Path(name).expanduser()
     require(not path.is_file(), "it is a file: give the folder that it lies in")
+    require(path.is_dir() or not os.path.lexists(path), "what has that name here is no folder, nor a link to one")
     return path if path.is_dir() else None
 
 
