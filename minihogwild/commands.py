@@ -148,7 +148,7 @@ def is_failure_of_gpu(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    text = "out of memory" if type(error) is MemoryError else str(error)  # Python's own says nothing
+    text = str(error) or "out of memory"  # Python's MemoryError says nothing as a rule
     line = LONG_WORD.sub(r"\1…\2", one_line(text))
     return CONTROL_CODES.sub("", line)[:LONGEST_MESSAGE]
 

@@ -6,8 +6,14 @@ import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import refusing, require
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 def read_json(path: Path) -> dict:
@@ -98,6 +104,18 @@ def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) 
     for option, path in named.items():
         others = [other for name, other in named.items() if name != option]
         require_writable(path, option, [*read, *others])
+
+
+def is_ours_alone(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False where another process has done so."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system that knows no locks
+    return True
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:

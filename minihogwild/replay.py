@@ -268,7 +268,7 @@ def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
 def command(options: argparse.Namespace) -> int:
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     device = "cpu" if options.oracle else options.device
-    folder = fetch(options.model)
+    folder = fetch(options.model, with_tokenizer=False)
     require_writable(options.out, "--out", [options.schedule, *files_of(folder)])
     model = load(
         options.model,

@@ -593,7 +593,7 @@ def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
         raise OSError("404: no nobody/nothing\nMore about this at ...")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: [])
     code, out, err = command("hi", "--model", "nobody/nothing")
     assert (code, out) == (2, "")
     assert_one_line(err, "minihogwild", "nobody/nothing")
@@ -836,7 +836,7 @@ def test_a_hub_repository_brings_its_own_problem(folder, command, tmp_path, monk
     own = shutil.copytree(folder, tmp_path / "snapshot")
     (own / "prompts.json").write_text(json.dumps({**SAYS, "problem": "What now?"}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(own))
-    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: [])
     monkeypatch.chdir(tmp_path)
     code, out, err = command("--model", "somebody/something", "--max-steps", 2, "--json", tmp_path / "result.json")
     assert code == 0, err

@@ -355,7 +355,7 @@ def test_a_search_that_takes_for_ever_is_not_waited_for(folder):
     """Each place of the text takes long, though not so long that the library would give up."""
     pattern = {"Regex": "(?:.|..){0,18}(?!\\s|\\S|$)(?=a)"}
     with_tokenizer(folder, pre_tokenizer=PANICS["pre_tokenizer"] | {"pattern": pattern})
-    program = "from minihogwild.hub import limits\nlimits.SECONDS = 1\nfrom minihogwild import command"
+    program = "from minihogwild.hub import tokenizer\ntokenizer.SECONDS = 1\nfrom minihogwild import command"
     began = time.monotonic()
     code, err = run_apart(folder, program=program)
     assert time.monotonic() - began < 60

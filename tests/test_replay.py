@@ -172,7 +172,7 @@ def test_no_schedule_no_folder_for_the_logits(tmp_path):
         [tmp_path / "none.json", "--out", tmp_path / "none" / "logits"],
         [tmp_path / "none.json", "--out", tmp_path],
     ):
-        with patch.multiple(replay, fetch=Path, load=lambda *_, **__: TINY):
+        with patch.multiple(replay, fetch=lambda name, **_: Path(name), load=lambda *_, **__: TINY):
             code, out, err = said(replay.main, *arguments, "--model", "tiny")
         assert (code, out) == (2, "")
         assert_one_line(err, "replay")

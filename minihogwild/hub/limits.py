@@ -1,6 +1,7 @@
-"""The tokenizers library within limits: no text keeps it for ever, and what it says of its failures is kept back.
+"""Libraries within limits: no text, and no server, keeps them for ever; their panics write nothing.
 
-Expressions that it searches a text for are a stranger's, and may take years.
+The expressions that a tokenizer searches a text for are a stranger's, and may take years. A server may send a byte now
+and then.
 """
 
 import os
@@ -13,13 +14,12 @@ from ..errors import require
 
 Result = TypeVar("Result")
 
-SECONDS = 30  # for one text; the longest take a few
 STANDARD_ERROR = 2  # as the system numbers it: what the library writes to, past Python's
 only_one = threading.Lock()  # of all threads keeps standard error back
 
 
-def in_time(call: Callable[[], Result]) -> Result:
-    """What `call` gives. Raises InputError where that takes too long.
+def in_time(call: Callable[[], Result], seconds: float) -> Result:
+    """What `call` gives. Raises InputError where that takes longer.
 
     It runs in a thread of its own, which is left to itself then: the library can't be interrupted. Here one can wait,
     and be interrupted, as long as the library lets other threads run meanwhile.
@@ -34,12 +34,11 @@ def in_time(call: Callable[[], Result]) -> Result:
             failures.append(error)
 
     thread = threading.Thread(target=work, daemon=True)  # the program may end while it works
-    with panics_kept_back():
-        thread.start()
-        thread.join(SECONDS)
+    thread.start()
+    thread.join(seconds)
     if failures:
         raise failures[0]
-    require(results, f"it takes more than {SECONDS} seconds")
+    require(results, f"it takes more than {seconds} seconds")
     return results[0]
 
 

@@ -1,5 +1,6 @@
 """`load`: from the name of a model to the model."""
 
+import functools
 import logging
 import os
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from ..sampling import Sampling
 from ..weights import Weights, name_of_dtype
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
-from .folder import require_there
+from .folder import require_listed, require_there
+from .limits import in_time
 from .progress import Bar, close_bars
 from .quantized import Format, awq_format, format_of, gptq_format
 from .tokenizer import Tokenizer
@@ -96,7 +98,7 @@ def load(
         require(context >= 1, f"context is {context}: it must be at least 1")
     device = choose_device(device)
     if folder is None:
-        folder = fetch(str(name))
+        folder = fetch(str(name), with_tokenizer)
     require(isinstance(folder, Path), f"folder must be a Path, as fetch gives it, not {folder!r}")
     settings = read_config(folder / "config.json")
     if os.path.lexists(folder / "adapter_config.json"):
@@ -199,7 +201,9 @@ def fetch_config(name: str) -> dict:
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
-            path = Path(huggingface_hub.hf_hub_download(name, "config.json", **what_is_kept(name)))
+            kept = what_is_kept(listed_on_hub(name))
+            download = functools.partial(huggingface_hub.hf_hub_download, name, "config.json", **kept)
+            path = Path(in_time(download, 10 * HUB_SECONDS))  # it is a small file
         else:
             path = folder / "config.json"
     return read_config(path)
@@ -210,30 +214,43 @@ def read_config(path: Path) -> dict:
     return read_json(path)
 
 
-def fetch(name: str) -> Path:
-    """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
+def fetch(name: str, with_tokenizer: bool = True) -> Path:
+    """The local folder of that name (`~` is the user's home), or the downloaded hub repository.
+
+    Raises InputError, before anything is downloaded, where that repository lacks a file that is needed.
+    """
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
+            files = listed_on_hub(name)
+            if files:
+                require_listed(files, with_tokenizer)
             download = huggingface_hub.snapshot_download
-            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept(name)))
+            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept(files)))
     close_bars()
     return folder
 
 
-def what_is_kept(name: str) -> dict:
+def what_is_kept(files: list[str] | None) -> dict:
     """What a download is told where the hub does not answer: to take what is kept here."""
-    return {} if hub_answers(name) else {"local_files_only": True}
+    return {"local_files_only": True} if files is None else {}
 
 
-def hub_answers(name: str) -> bool:
-    """A hub that says nothing, or that it has too much to do, would be waited for, for minutes."""
+def listed_on_hub(name: str) -> list[str] | None:
+    """The repository's files; none where the hub refuses, which a download then says; None where it does not answer.
+
+    A hub that says nothing, or that it has too much to do, would be waited for, for minutes.
+    """
     try:
-        huggingface_hub.HfApi().repo_info(name, timeout=HUB_SECONDS)
+        ask = functools.partial(huggingface_hub.HfApi().repo_info, name, timeout=HUB_SECONDS)
+        about = in_time(ask, 3 * HUB_SECONDS)  # a byte now and then is no answer
+    except InputError:
+        return None
     except Exception as error:  # each version of the library has others; all but these will come again
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        return "Timeout" not in type(error).__name__ and status != 429 and status < 500
-    return True
+        is_silent = "Timeout" in type(error).__name__ or status == 429 or status >= 500
+        return None if is_silent else []
+    return [file.rfilename for file in about.siblings or []]
 
 
 def local_folder(name: str) -> Path | None:

@@ -22,6 +22,7 @@ from .limits import in_time, panics_kept_back
 NEUTRAL = "·x0-+=~^"  # one of these begins no control token
 THINK, END_OF_THINK = "<think>", "</think>"
 VARIANTS = 3  # of a conversation: see `_render`
+SECONDS = 30  # for one text; the longest take a few
 TRIED = 1000  # tokens that are decoded beforehand
 MOST_STEPS = 100  # of a normalizer and the like; known ones have ten
 MOST_GROWTH = 1000  # times that they may make a text longer
@@ -111,9 +112,10 @@ class Tokenizer:
 
     def render_ahead(self, prompts: list[str]) -> None:
         """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
-        if self.template is not None:
-            texts = self._render(prompts)
-            for n, prompt in enumerate(prompts):
+        missing = [prompt for prompt in prompts if prompt not in self.rendered]
+        if self.template is not None and missing:
+            texts = self._render(missing)
+            for n, prompt in enumerate(missing):
                 self.rendered[prompt] = texts[VARIANTS * n : VARIANTS * (n + 1)]
 
     def _render(self, prompts: list[str]) -> list[str]:
@@ -213,9 +215,10 @@ def is_control(token: dict, template: str | None) -> bool:
 
 def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
     require(is_unicode(text), f"not valid UTF-8: {text[:200]!r}")
-    with refusing("the tokenizer fails"):
+    with refusing("the tokenizer fails"), panics_kept_back():
         # `encode` would not let other threads run meanwhile
-        return in_time(lambda: tokenizer.encode_batch([text], add_special_tokens=whole))[0].ids
+        [encoded] = in_time(lambda: tokenizer.encode_batch([text], add_special_tokens=whole), SECONDS)
+    return encoded.ids
 
 
 # ---- models that think before they answer
