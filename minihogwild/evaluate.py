@@ -26,6 +26,7 @@ from .commands import (
     run_command,
     sampling_asked_for,
     spare_threads,
+    warn_without_template,
 )
 from .errors import refusing, require
 from .files import is_ours_alone, require_all_writable, require_file, target_of
@@ -129,6 +130,7 @@ def command(options: argparse.Namespace) -> int:
     results = Results(options.out, description_of(options, model, words, problems))
     batches = plan(options, len(problems))
     require_all_fit(batches, results, problems, model, words, options)
+    warn_without_template(model)
     with results, Progress(len(batches), results.entries, options.budgets) as progress:
         for batch in batches:
             if not all(results.has(batch, number) for number in batch.problems):

@@ -23,6 +23,7 @@ from .commands import (
     run_command,
     sampling_asked_for,
     spare_threads,
+    warn_without_template,
 )
 from .errors import refusing, require
 from .files import require_all_writable, write_whole
@@ -91,6 +92,7 @@ def command(options: argparse.Namespace) -> int:
         prompts,
         backend=PyTorchBackend() if options.kernels == "off" else None,
     )
+    warn_without_template(model)
     if options.prompt is None and prompt == prompts.problem:
         print(CONTROL_CODES.sub("", prompt), end="\n\n", flush=True)
     return run_and_write(run, options, is_drawn, pace_of(options, prompts, is_drawn))

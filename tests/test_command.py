@@ -260,6 +260,21 @@ def test_a_standard_input_that_does_not_block_is_read_to_its_end(monkeypatch):
         assert generate.read_standard_input(wait_for_typing=True) == "one two"
 
 
+def test_a_model_without_a_chat_template_is_told_in_one_line(folder, tmp_path):
+    """As a process writes it; one that has a template is not told of."""
+    options = [sys.executable, "-m", "minihogwild.generate", "hi", "--max-steps", "1", "--device", "cpu", "--model"]
+    told = f"minihogwild: {folder}: no chat template: the prompt is given as it is\n"
+    done = subprocess.run([*options, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith(told)
+    with_template = shutil.copytree(folder, tmp_path / "model")
+    (with_template / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for model in (with_template, generate.DUET):
+        done = subprocess.run([*options, str(model)], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "template" not in done.stderr
+
+
 def test_a_standard_input_that_never_ends(command):
     options = [sys.executable, "-m", "minihogwild.generate", "--max-steps", "1", "--device", "cpu"]
     with open("/dev/zero", "rb") as endless:

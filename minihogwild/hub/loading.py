@@ -125,15 +125,24 @@ OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 def format_beside(folder: Path) -> Format | None:
     """A packed checkpoint's format, as AutoGPTQ and AutoAWQ wrote it beside config.json; None where they have not."""
+    path, given = quantization_beside(folder)
+    if not given:
+        return None
+    with refusing(path):
+        method = given["quant_method"]
+        require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
+        return awq_format(given) if method == "awq" else gptq_format(given)
+
+
+def quantization_beside(folder: Path) -> tuple[Path, dict]:
+    """(the file, what it says in the keys that `quantization_config` has now); nothing where there is no such file."""
     for name in OLDER_FORMATS:
-        with refusing(folder / name):
-            found = read_json_if_there(folder / name)
-            given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
-            method = given.get("quant_method", "awq" if "zero_point" in given else "gptq")
-            require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
-            if given:
-                return awq_format(given) if method == "awq" else gptq_format(given)
-    return None
+        found = read_json_if_there(folder / name)
+        given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
+        if given:
+            method = "awq" if "zero_point" in given else "gptq"
+            return folder / name, {"quant_method": method} | given
+    return folder, {}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -197,16 +206,22 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 def fetch_config(name: str) -> dict:
-    """config.json of the local folder or hub repository of that name, without anything else of it."""
+    """config.json of the local folder or hub repository of that name, without anything else of it.
+
+    But where older writers say beside it how the checkpoint is packed, it is as if config.json did.
+    """
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
-            kept = what_is_kept(listed_on_hub(name))
-            download = functools.partial(huggingface_hub.hf_hub_download, name, "config.json", **kept)
-            path = Path(in_time(download, 10 * HUB_SECONDS))  # it is a small file
-        else:
-            path = folder / "config.json"
-    return read_config(path)
+            files = listed_on_hub(name)
+            beside = [file for file in OLDER_FORMATS if file in (files or [])]
+            for file in [*beside, "config.json"]:  # small ones
+                download = functools.partial(huggingface_hub.hf_hub_download, name, file, **what_is_kept(files))
+                folder = Path(in_time(download, 10 * HUB_SECONDS)).parent
+    settings = read_config(folder / "config.json")
+    if format_of(settings) is None and format_beside(folder) is not None:
+        _, settings["quantization_config"] = quantization_beside(folder)
+    return settings
 
 
 def read_config(path: Path) -> dict:
