@@ -28,9 +28,10 @@ from torch import Tensor
 from .attention import UNSEEN, LayerCache, Plan
 from .backend import PyTorchBackend, choose_backend
 from .config import Config
-from .errors import InputError, allocating, require
+from .errors import InputError, allocating, refusing, require
 from .rope import frequencies_of, rotate, rotation
 
+LARGEST_PAGE = 2**20
 PAGE = 64  # tokens; large enough that a page is a decent matrix, small enough that short blocks waste little
 NOBODY = -1  # owns a page that is free
 NO_COLUMN = -1  # of a step's tables: the block is in none of its views
@@ -48,10 +49,19 @@ class Cache:
         backend: PyTorchBackend | None = None,  # None: the fastest that there is
         page_size: int = PAGE,
     ):
+        require(isinstance(config, Config), f"cache: config must be a Config, not {config!r}")
+        are_names = isinstance(blocks, (list, tuple)) and all(isinstance(block, str) for block in blocks)
+        require(are_names, f"cache: blocks must be a list of names, not {blocks!r}")
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        require(is_float, f"cache: dtype must be a torch.dtype of numbers with a fraction, not {dtype!r}")
+        is_page = type(page_size) is int and 1 <= page_size <= LARGEST_PAGE
+        require(is_page, f"cache: page_size must be a whole number from 1 to {LARGEST_PAGE}, not {page_size!r}")
         self.config = config
         self.dtype = dtype
         self.page_size = page_size
-        self.device = torch.device(device)
+        with refusing(f"cache: there is no device {device!r}"):
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
         self.compute_dtype = torch.promote_types(dtype, torch.float32)  # of softmax and rotations
         self.backend = choose_backend(self.device, dtype) if backend is None else backend
         # Angles far out need float64, which MPS lacks
@@ -372,5 +382,5 @@ def check_move(source: str, target: str, blocks: Collection[str]) -> None:
 
 def check_known(names: list[str], blocks: Collection[str]) -> None:
     """Raise InputError where one of the names is no block."""
-    unknown = [name for name in names if name not in blocks]
+    unknown = [name for name in names if not isinstance(name, str) or name not in blocks]
     require(not unknown, f"unknown block {', '.join(map(repr, unknown))}")

@@ -16,7 +16,7 @@ import torch
 from . import interrupts
 from .config import Config
 from .errors import InputError, is_out_of_memory, one_line
-from .hub import DTYPES
+from .hub import DTYPES, Model
 from .sampling import Sampling
 
 # Exit codes, beside 0; a command may give 1 a meaning of its own
@@ -181,8 +181,15 @@ def is_failure_of_gpu(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    line = LONG_WORD.sub(r"\1…\2", one_line(str(error)))
+    text = str(error) or "out of memory"  # Python's MemoryError says nothing as a rule
+    line = LONG_WORD.sub(r"\1…\2", one_line(text))
     return CONTROL_CODES.sub("", line)[:LONGEST_MESSAGE]
+
+
+def warn_without_template(model: Model) -> None:
+    """A model made to chat answers worse without one: its author may have forgotten it."""
+    if model.tokenizer.template is None:
+        logging.warning("%s: no chat template: the prompt is given as it is", model.name)
 
 
 def spare_threads(config: Config) -> None:

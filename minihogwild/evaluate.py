@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from .commands import (
     run_command,
     sampling_asked_for,
     spare_threads,
+    warn_without_template,
 )
 from .errors import refusing, require
-from .files import require_all_writable, require_file, target_of
-from .hub import Model, fetch, load
+from .files import is_ours_alone, require_all_writable, require_file, target_of
+from .hub import Model, fetch, files_of, load
 from .layouts import LAYOUTS
 from .prompts import Prompts, load_prompts, prompts_of
 from .scoring import HAS_MATH_VERIFY, PartsFound, Problem, asked, joined, read_problems, repeats, share_right
@@ -37,6 +38,8 @@ from .weights import name_of_dtype
 from .workers import MOST_WORKERS, Run, drive_together, prompt_text
 
 BEGINNING = b'{"evaluated": {'  # of a file of results
+MOST_SEEDS = 10_000
+TRIED_AT_ONCE = 100  # problems
 FIGURES = [".svg", ".png", ".pdf"]
 
 
@@ -54,7 +57,7 @@ class Batch:
 
     setting: Setting
     seed: int
-    problems: range  # their indices
+    problems: Sequence[int]  # their indices
 
 
 def arguments() -> Parser:
@@ -131,6 +134,8 @@ def command(options: argparse.Namespace) -> int:
 
     results = Results(options.out, description_of(options, model, words, problems))
     batches = plan(options, len(problems))
+    require_all_fit(batches, results, problems, model, words, options)
+    warn_without_template(model)
     with results, Progress(len(batches), results.entries, options.budgets) as progress:
         for batch in batches:
             if not all(results.has(batch, number) for number in batch.problems):
@@ -138,9 +143,11 @@ def command(options: argparse.Namespace) -> int:
                     results.add(entry)
                     progress.show(results.entries)
             progress.advance()
-    print(table(results.entries, options.budgets))
-    if options.figure:
-        draw(results.entries, options.budgets, options.figure, f"{model.name}, {options.problems.name}")
+    try:
+        if options.figure:
+            draw(results.entries, options.budgets, options.figure, f"{model.name}, {options.problems.name}")
+    finally:
+        print(table(results.entries, options.budgets))
     return 0
 
 
@@ -151,6 +158,7 @@ def require_numbers(options: argparse.Namespace) -> None:
     for name in ("seeds", "join", "batch"):
         number = getattr(options, name)
         require(number >= 1, f"--{name} is {number}: it must be at least 1")
+    require(options.seeds <= MOST_SEEDS, f"--seeds is {options.seeds}: it must be at most {MOST_SEEDS}")
     unknown = [layout for layout in options.layouts if layout not in LAYOUTS]
     require(not unknown, f"--layouts: {unknown} are unknown: use some of {', '.join(LAYOUTS)}")
 
@@ -161,7 +169,7 @@ def require_workers(workers: int, words: Prompts) -> None:
 
 
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
-    read = [options.problems, *folder.glob("*")]
+    read = [options.problems, *files_of(folder)]
     if options.prompts is not None:
         read.append(options.prompts)
     require_all_writable({"--out": options.out, "--figure": options.figure}, read)
@@ -209,24 +217,44 @@ def plan(options: argparse.Namespace, count: int) -> list[Batch]:
     return batches
 
 
+def require_all_fit(
+    batches: list[Batch],
+    results: "Results",
+    problems: list[Problem],
+    model: Model,
+    words: Prompts,
+    options: argparse.Namespace,
+) -> None:
+    """Raise InputError for a problem that cannot be run, too long a one say: now, and not hours later at its turn."""
+    missing: dict[Setting, dict[int, None]] = {}  # the problems' indices, in order
+    for batch in batches:
+        for number in batch.problems:
+            if not results.has(batch, number):
+                missing.setdefault(batch.setting, {})[number] = None
+    for setting, indices in missing.items():
+        numbers = list(indices)
+        for start in range(0, len(numbers), TRIED_AT_ONCE):
+            runs_of(Batch(setting, 0, numbers[start : start + TRIED_AT_ONCE]), problems, model, words, options)
+
+
 # ---- the runs
 
 
-def solve(
+def runs_of(
     batch: Batch, problems: list[Problem], model: Model, words: Prompts, options: argparse.Namespace
-) -> Iterator[dict]:
-    """Run a batch to its end; yields the results, by the problems' indices."""
+) -> list[Run]:
+    """A run for each problem of a batch; nothing is computed yet. Raises InputError, with the problem's number."""
     backend = model.backend
     if options.kernels == "off":
         backend = choose_backend(model.device, model.dtype, kernels=False, ranks=model.ranks)
     workers, layout = batch.setting.workers, batch.setting.layout
     prompts = [prompt_text(words, layout, workers, asked(problems[number])) for number in batch.problems]
     model.tokenizer.render_ahead(prompts)
-    runs, found = {}, {}
+    runs = []
     for number in batch.problems:
         problem = problems[number]
         with refusing(f"problem {number + 1}"):
-            runs[f"{number}: "] = Run(
+            run = Run(
                 model,
                 asked(problem),
                 workers,
@@ -237,9 +265,19 @@ def solve(
                 backend=backend,
                 budgets=tuple(options.budgets) if problem.expected else (),
             )
-        found[f"{number}: "] = PartsFound(problem.parts)
+        runs.append(run)
+    return runs
+
+
+def solve(
+    batch: Batch, problems: list[Problem], model: Model, words: Prompts, options: argparse.Namespace
+) -> Iterator[dict]:
+    """Run a batch to its end; yields the results, by the problems' indices."""
+    keys = [f"{number}: " for number in batch.problems]
+    runs = dict(zip(keys, runs_of(batch, problems, model, words, options)))
+    found = {key: PartsFound(problems[number].parts) for key, number in zip(keys, batch.problems)}
     blocks = [key + block for key, run in runs.items() for block in run.blocks]
-    cache = model.cache_for(blocks, backend)
+    cache = model.cache_for(blocks, runs[keys[0]].backend)
     for key, event in drive_together(runs, cache):
         if event["do"] in ("text", "retire"):
             for worker in runs[key].workers:
@@ -290,6 +328,7 @@ class Results:
         self.path = path
         with refusing(f"--out {path} cannot be read"):
             written = path.read_bytes() if path.exists() else b""
+        self.size = len(written)
         self.whole_lines = written[: written.rfind(b"\n") + 1]
         with refusing(f"--out {path}: it holds no results of this command"):
             # Also where no line is whole yet: whatever else it may be, it would be overwritten.
@@ -306,6 +345,10 @@ class Results:
     def __enter__(self) -> "Results":
         target = target_of(self.path)
         self.file = target.open("r+b" if target.exists() else "xb")
+        unchanged = is_ours_alone(self.file) and os.fstat(self.file.fileno()).st_size == self.size
+        if not unchanged:
+            self.file.close()
+        require(unchanged, f"--out {self.path}: another command is writing to it")
         self.file.truncate(len(self.whole_lines))
         self.file.seek(0, os.SEEK_END)
         if self.is_new:

@@ -6,8 +6,14 @@ import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import refusing, require
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 # Files that are being written, beside those that they will be: for whoever must end this process at once
 unfinished: set[Path] = set()
@@ -54,8 +60,7 @@ def require_writable(path: Path, option: str, taken: Iterable[Path]) -> None:
     if is_stream(path):
         writable = os.access(path, os.W_OK)
     else:
-        folder_takes_files = os.access(f"{target.parent}/", os.W_OK)
-        writable = folder_takes_files and is_file_or_nothing(target)
+        writable = is_file_or_nothing(target) and takes_files(target.parent)
     require(writable, f"{option} {path}: no file can be written there")
     others = [target_of(other) for other in taken]
     require(target not in others, f"{option} {path}: this command reads or writes that file already")
@@ -87,12 +92,33 @@ def is_file_or_nothing(path: Path) -> bool:
     return stat.S_ISREG(kind)
 
 
+def takes_files(folder: Path) -> bool:
+    """Can a file be made there? Tried, and not asked: root may write everywhere, but /proc takes nothing."""
+    try:
+        tempfile.NamedTemporaryFile(prefix=".minihogwild-", dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def require_all_writable(outputs: dict[str, Path | None], read: Iterable[Path]) -> None:
     """`require_writable` for each option that names a file (None: it does not); no two may be the same."""
     named = {option: path for option, path in outputs.items() if path is not None}
     for option, path in named.items():
         others = [other for name, other in named.items() if name != option]
         require_writable(path, option, [*read, *others])
+
+
+def is_ours_alone(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False where another process has done so."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system that knows no locks
+    return True
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:

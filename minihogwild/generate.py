@@ -19,13 +19,15 @@ from .commands import (
     Parser,
     add_model_options,
     add_sampling_options,
+    message_of,
     run_command,
     sampling_asked_for,
     spare_threads,
+    warn_without_template,
 )
-from .errors import one_line, require
+from .errors import refusing, require
 from .files import require_all_writable, write_whole
-from .hub import fetch, load
+from .hub import fetch, files_of, load
 from .layouts import LAYOUTS
 from .plan import plan
 from .prompts import Prompts, load_prompts, prompts_of
@@ -34,6 +36,7 @@ from .show.lines import Lines, report
 from .workers import Run, drive
 
 BYTE_ORDER_MARK = "\ufeff"
+LONGEST_INPUT = 2**27  # bytes
 
 
 def arguments() -> Parser:
@@ -97,6 +100,7 @@ def command(options: argparse.Namespace) -> int:
         prompts,
         backend=choose_backend(model.device, model.dtype, options.kernels == "auto", model.ranks),
     )
+    warn_without_template(model)
     if options.prompt is None and prompt == prompts.problem:
         print(CONTROL_CODES.sub("", prompt), end="\n\n", flush=True)
     return run_and_write(run, options, is_drawn, pace_of(options, prompts, is_drawn))
@@ -145,7 +149,7 @@ def outputs_of(options: argparse.Namespace) -> dict[str, Path]:
 
 def require_outputs(options: argparse.Namespace, folder: Path) -> None:
     """Raise InputError for a file that can't be written, or that is read or written otherwise."""
-    read = [*folder.glob("*")]
+    read = files_of(folder)
     if options.prompts is not None:
         read.append(options.prompts)
     require_all_writable(outputs_of(options), read)
@@ -166,10 +170,14 @@ def read_standard_input(wait_for_typing: bool) -> str:
     if sys.stdin.isatty() and not wait_for_typing:
         return ""
     parts = []
-    while (part := sys.stdin.buffer.read(2**16)) != b"":
-        if part is None:  # whoever started us has left it so that it does not wait, and nothing has come yet
-            time.sleep(0.01)
-        else:
+    room = LONGEST_INPUT
+    with refusing("standard input"):
+        while (part := sys.stdin.buffer.read(2**16)) != b"":
+            if part is None:  # whoever started us has left it so that it does not wait, and nothing has come yet
+                time.sleep(0.01)
+                continue
+            room -= len(part)
+            require(room >= 0, f"it holds more than {LONGEST_INPUT:,} bytes, and no context does")  # or never ends
             parts.append(part)
     text = b"".join(parts).decode("utf-8", "surrogateescape")
     # What editors and shells put around a text is no part of it, and a newline is one character.
@@ -199,7 +207,7 @@ def run_and_write(run: Run, options: argparse.Namespace, is_drawn: bool, pace: f
         except KeyboardInterrupt:
             run.stopped_by = "interrupt"
         except Exception as error:  # whatever it is: what was computed until then is kept
-            run.stopped_by = f"error: {one_line(str(error))}"
+            run.stopped_by = f"error: {message_of(error)}"
             failures.append(error)
         seconds = time.monotonic() - began
         signals.keep_all()

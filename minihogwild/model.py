@@ -104,6 +104,8 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
     Raises InputError for views that contradict each other, ids that the vocabulary lacks, or too little memory. Where
     a step fails, for whatever reason, the cache's blocks are as they were.
     """
+    for value, kind in ((weights, Weights), (config, Config), (cache, Cache)):
+        require(isinstance(value, kind), f"a step takes a {kind.__name__}, not {value!r}")
     with refusing("a step takes a list of blocks and a list of token ids for each worker"):
         for view in views:
             require(all(isinstance(block, str) for block in view), f"blocks have names, unlike those of {view!r}")

@@ -32,7 +32,7 @@ from .commands import Parser, add_model_options, run_command, spare_threads
 from .config import Config
 from .errors import allocating, refusing, require
 from .files import read_json, require_writable, write_whole
-from .hub import Model, load
+from .hub import Model, fetch, files_of, load
 from .model import step
 from .oracle import Oracle
 from .weights import name_of_dtype
@@ -266,15 +266,16 @@ def safetensors_header(shapes: dict[str, list[int]]) -> bytes:
 
 
 def command(options: argparse.Namespace) -> int:
-    files_read = [options.schedule, *Path(options.model).glob("*")]
-    require_writable(options.out, "--out", files_read)
     require(not options.oracle or options.device in ("auto", "cpu"), "--oracle: it runs on the cpu alone")
     require(not options.oracle or options.ranks is None, "--oracle: it runs in one process alone")
     device = "cpu" if options.oracle else options.device
+    folder = fetch(options.model, with_tokenizer=False)
+    require_writable(options.out, "--out", [options.schedule, *files_of(folder)])
     model = load(
         options.model,
         options.dtype,
         device,
+        folder=folder,
         with_tokenizer=False,
         quantize=options.quantize,
         context=options.context,

@@ -36,7 +36,9 @@ def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -
     """One token id for each row of logits [W, V], drawn with that row's own stream (a CPU generator): [W] int64.
 
     -1 where a logit is NaN or +inf, and no exception: so one read from a GPU brings the ids, or that they failed.
+    Raises InputError for arguments of another kind.
     """
+    require_sampled(logits, sampling, streams)
     sound = (logits < torch.inf).all(-1)  # false for NaN too
     if sampling.temperature == 0:
         return logits.argmax(-1).where(sound, -1)
@@ -56,6 +58,15 @@ def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -
     last_kept = (reached < whole).sum(-1, keepdim=True)
     choice = choice.minimum(last_kept)
     return ids.gather(-1, choice)[:, 0].where(sound, -1)
+
+
+def require_sampled(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> None:
+    is_matrix = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 0
+    require(is_matrix and logits.is_floating_point(), "logits must be a tensor [W, V] of numbers with a fraction")
+    require(isinstance(sampling, Sampling), f"sampling must be a Sampling, not {sampling!r}")
+    are_streams = isinstance(streams, list) and all(isinstance(stream, torch.Generator) for stream in streams)
+    right = are_streams and len(streams) == len(logits)
+    require(right, f"streams must be a list with a torch.Generator for each of {len(logits)} rows")
 
 
 def likeliest_first(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -259,6 +259,7 @@ class Run:
         text = self.words.opening
         if text == "auto":
             text = opening_of(self.model.tokenizer, self.prompt)
+        self._require_may_fit(text)
         return self.model.tokenizer.encode_control(text)
 
     def _set_bans(self) -> None:

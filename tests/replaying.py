@@ -23,7 +23,7 @@ def replayed(folder: Path, schedule: dict | bytes, *options: object, of: Model) 
     """What replay says of a schedule that is put to `folder`; the logits go to logits.safetensors there."""
     path = folder / "schedule.json"
     path.write_bytes(schedule if isinstance(schedule, bytes) else json.dumps(schedule).encode())
-    with patch.object(replay, "load", lambda *_, **__: of):
+    with patch.multiple(replay, fetch=lambda name, **_: Path(name), load=lambda *_, **__: of):
         return said(replay.main, path, "--model", "tiny", "--out", folder / "logits.safetensors", *options)
 
 

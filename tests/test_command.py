@@ -212,11 +212,12 @@ def test_what_editors_and_shells_put_around_a_text_is_no_part_of_it(command, tmp
     assert prompt_tokens("-", around.format(" Two\nlines?")) == alone + 1  # spaces are text
 
 
-@pytest.mark.parametrize("source", ["prompt", "role", "header"])
+@pytest.mark.parametrize("source", ["prompt", "role", "header", "opening"])
 def test_a_text_that_no_context_holds_is_refused_before_it_becomes_tokens(command, tmp_path, source):
     """Fifty million characters: a tokenizer would take gigabytes for them."""
     words = tmp_path / "words.json"
-    fields = {"role": {"roles": ["a" * 50_000_000]}, "header": {"header_own": "a" * 50_000_000}}.get(source, {})
+    long = "a" * 50_000_000
+    fields = {"role": {"roles": [long]}, "header": {"header_own": long}, "opening": {"opening": long}}.get(source, {})
     words.write_text(json.dumps({"together": "{problem}"} | fields))
     prompt = b"a" * 50_000_000 if source == "prompt" else b"hi"
     with limited(10 * len(prompt) + 200_000_000):
@@ -257,6 +258,40 @@ def test_a_standard_input_that_does_not_block_is_read_to_its_end(monkeypatch):
         monkeypatch.setattr(sys, "stdin", standard_input)
         threading.Thread(target=write_slowly).start()
         assert generate.read_standard_input(wait_for_typing=True) == "one two"
+
+
+def test_a_model_without_a_chat_template_is_told_in_one_line(folder, tmp_path):
+    """As a process writes it; one that has a template is not told of."""
+    options = [sys.executable, "-m", "minihogwild.generate", "hi", "--max-steps", "1", "--device", "cpu", "--model"]
+    told = f"minihogwild: {folder}: no chat template: the prompt is given as it is\n"
+    done = subprocess.run([*options, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith(told)
+    with_template = shutil.copytree(folder, tmp_path / "model")
+    (with_template / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for model in (with_template, generate.DUET):
+        done = subprocess.run([*options, str(model)], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "template" not in done.stderr
+
+
+def test_a_standard_input_that_never_ends(command):
+    options = [sys.executable, "-m", "minihogwild.generate", "--max-steps", "1", "--device", "cpu"]
+    with open("/dev/zero", "rb") as endless:
+        done = subprocess.run(options, stdin=endless, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "minihogwild", "standard input: it holds more than")
+
+
+def test_memory_that_python_lacks_is_told(monkeypatch, capsys):
+    """Its own MemoryError has no message."""
+
+    def read(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "read_prompt", read)
+    assert main(["hi", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "minihogwild: out of memory\n"
 
 
 @pytest.mark.parametrize("option", ["prompts", "model", "json"])
@@ -483,6 +518,25 @@ def test_long_names(command, tmp_path, length):
         assert "forward steps" not in err
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="this system has no /proc")
+@pytest.mark.parametrize("path", ["/proc/x", "/proc/self/fd/x.json"])
+def test_a_folder_that_takes_no_files_is_told_before_the_run(command, path):
+    """Root is told that it may write there; whether a file can be made is known only when one is."""
+    code, out, err = command("How?", "--max-steps", 1, "--json", path)
+    assert (code, out) == (2, "")
+    assert_one_line(err, "minihogwild", f"--json {path}: no file can be written there")
+
+
+def test_a_template_in_a_folder_of_its_own_is_no_place_for_results(command, folder):
+    template = folder / "additional_chat_templates" / "default.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages[0].content }}")
+    code, _, err = command("How?", "--max-steps", 1, "--json", template)
+    assert code == 2
+    assert_one_line(err, "minihogwild", f"--json {template}", "already")
+    assert template.read_text() == "{{ messages[0].content }}"
+
+
 # ---- what cannot be done
 
 
@@ -554,7 +608,7 @@ def test_a_name_that_the_hub_does_not_give_makes_one_line(command, monkeypatch):
         raise OSError("404: no nobody/nothing\nMore about this at ...")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: [])
     code, out, err = command("hi", "--model", "nobody/nothing")
     assert (code, out) == (2, "")
     assert_one_line(err, "minihogwild", "nobody/nothing")
@@ -797,7 +851,7 @@ def test_a_hub_repository_brings_its_own_problem(folder, command, tmp_path, monk
     own = shutil.copytree(folder, tmp_path / "snapshot")
     (own / "prompts.json").write_text(json.dumps({**SAYS, "problem": "What now?"}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(own))
-    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: [])
     monkeypatch.chdir(tmp_path)
     code, out, err = command("--model", "somebody/something", "--max-steps", 2, "--json", tmp_path / "result.json")
     assert code == 0, err

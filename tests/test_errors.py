@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub_files import free_memory, refusal
+from refusals import refused
 
-from minihogwild import Cache, InputError, Run, Sampling, load, step
+from minihogwild import Cache, InputError, Run, Sampling, load, sample, step
 from minihogwild.errors import allocating
 from minihogwild.files import write_whole
 from minihogwild.generate import DUET
@@ -122,6 +123,52 @@ WRONG_TO_RUN += [("budgets", value) for value in (5, None, "12", ["a"], [None], 
 def test_a_run_refuses_what_is_no_such_thing(duet, what, value):
     with pytest.raises(InputError, match=what):
         Run(**{"model": duet, "problem": "a = 1", what: value})
+
+
+WRONG_TO_CACHE = [("config", value) for value in (5, None, "x", {})]
+WRONG_TO_CACHE += [("blocks", value) for value in (5, None, "abc", [1], [None], [[]], ["a", "a"])]
+WRONG_TO_CACHE += [("dtype", value) for value in (5, None, "float32", [], torch.int8, torch.bool, torch.complex64)]
+WRONG_TO_CACHE += [("device", value) for value in (5, None, "xpu", "", [], object())]
+WRONG_TO_CACHE += [("page_size", value) for value in (0, -1, "x", 1.5, None, [], True, 10**12)]
+
+
+@pytest.mark.parametrize(("what", "value"), WRONG_TO_CACHE, ids=str)
+def test_a_cache_refuses_what_is_no_such_thing(duet, what, value):
+    right = {"config": duet.config, "blocks": ["a", "b"], "dtype": duet.dtype}
+    with refused("cache: ", "block" if what == "blocks" else what):
+        Cache(**(right | {what: value}))
+
+
+@pytest.mark.parametrize("wrong", [5, None, [], ["a"]], ids=repr)
+def test_what_is_done_to_a_cache_refuses_what_is_no_block(duet, wrong):
+    cache = Cache(duet.config, ["a", "b"], duet.dtype)
+    for call in (lambda: cache.move(wrong, "b"), lambda: cache.move("a", wrong), lambda: cache.drop(wrong)):
+        with refused("unknown block"):
+            call()
+
+
+@pytest.mark.parametrize("what", ["weights", "config", "cache"])
+def test_a_step_refuses_what_is_no_part_of_a_model(duet, what):
+    right = {"weights": duet.weights, "config": duet.config, "cache": Cache(duet.config, ["a"], duet.dtype)}
+    for wrong in (5, None, "x"):
+        with refused(what.capitalize(), repr(wrong)):
+            step([["a"]], [[1]], **(right | {what: wrong}))
+
+
+ROW = torch.zeros(1, 10)
+WRONG_TO_SAMPLE = [("logits", value) for value in (5, None, "x", [[1.0]], ROW[0], ROW[None], ROW[:, :0], ROW.int())]
+WRONG_TO_SAMPLE += [("logits", ROW.to(torch.complex64)), ("logits", ROW.bool())]
+WRONG_TO_SAMPLE += [("sampling", value) for value in (5, None, "x", {})]
+WRONG_TO_SAMPLE += [("streams", value) for value in (5, None, "x", [], [1], [None], torch.Generator())]
+WRONG_TO_SAMPLE += [("streams", [torch.Generator(), torch.Generator()])]
+
+
+@pytest.mark.parametrize(("what", "value"), WRONG_TO_SAMPLE)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)])
+def test_sample_refuses_what_is_no_such_thing(what, value, sampling):
+    right = {"logits": ROW, "sampling": sampling, "streams": [torch.Generator()]}
+    with refused(what):
+        sample(**(right | {what: value}))
 
 
 WRONG_STEPS = [

@@ -27,8 +27,9 @@ from refusals import assert_one_line
 from sheets import make_sheet
 from tiny import END, ids_of, save_model
 
-from minihogwild import Run, Sampling, evaluate, load
+from minihogwild import InputError, Run, Sampling, evaluate, load
 from minihogwild.evaluate import DUET, main
+from minihogwild.files import is_ours_alone
 from minihogwild.hub import Tokenizer
 from minihogwild.prompts import load_prompts
 from minihogwild.scoring import ASK_FOR_BOX, ASK_FOR_BOXES
@@ -284,17 +285,15 @@ Says = Callable[[Run, str], list[str]]  # what a writer of this name writes in a
 
 @pytest.fixture
 def script(monkeypatch) -> Callable[[Says], list[Run]]:
-    """Make all writers write what is said of them, then x for ever; gives a list of the runs that will be made."""
+    """Make all writers write what is said of them, then x for ever; gives a list of the runs that will begin."""
 
     def write_as(says: Says) -> list[Run]:
         runs = []
 
         class ScriptedRun(Run):
-            def __init__(self, *arguments, **options):
-                super().__init__(*arguments, **options)
-                runs.append(self)
-
             def decide(self):
+                if self not in runs:
+                    runs.append(self)
                 self.decided = super().decide()
                 return self.decided
 
@@ -659,12 +658,13 @@ def test_with_other_words_problems_or_another_model_it_does_not_go_on(
 
 def test_more_workers_layouts_and_seeds_are_run_where_they_are_missing(command, problems, out, monkeypatch, tmp_path):
     made = []
+    drive = evaluate.drive_together
 
-    def counted(model, problem, workers, layout, **options) -> Run:
-        made.append((problem, workers, layout, options["seed"]))
-        return Run(model, problem, workers, layout, **options)
+    def counted(runs, cache):
+        made.extend((run.problem, len(run.workers), run.layout, run.seed) for run in runs.values())
+        return drive(runs, cache)
 
-    monkeypatch.setattr(evaluate, "Run", counted)
+    monkeypatch.setattr(evaluate, "drive_together", counted)
 
     def settings_run(workers: str, layouts: str, seeds: int) -> set[tuple[int, str, int]]:
         """Run; gives the (workers, layout, seed) for which all problems, and each once, have been run now."""
@@ -791,6 +791,7 @@ def test_no_file_of_problems_gives_one_line(command, tmp_path, out, monkeypatch)
         (["--layouts", "combined,"], ["--layouts", "''", "combined"]),
         (["--seeds", "0"], ["--seeds", "0"]),
         (["--seeds", "x"], ["--seeds", "x"]),
+        (["--seeds", "99999999999"], ["--seeds", "99999999999", "10000"]),
         (["--join", "0"], ["--join", "0"]),
         (["--batch", "0"], ["--batch", "0"]),
         (["--batch", "-3"], ["--batch", "-3"]),
@@ -833,6 +834,36 @@ def test_a_problem_that_does_not_fit_is_named(command, problems, out):
     write(problems, PROBLEMS[0], {"problem": "a" * 5000, "answer": "4"})
     result = command(problems, "--out", out, "--budgets", "3", "--workers", "1")
     assert_refused(result, "problem 2", "4096")
+    assert not out.exists()  # the first one has not been run
+
+
+def test_two_commands_do_not_write_to_the_same_file(command, problems, out):
+    command(problems, "--out", out, *FEW)
+    whole = out.read_bytes()
+    with out.open("r+b") as other:
+        assert is_ours_alone(other)
+        assert_refused(command(problems, "--out", out, *FEW), f"--out {out}", "another command is writing to it")
+    assert out.read_bytes() == whole
+    assert command(problems, "--out", out, *FEW)[0] == 0
+
+
+def test_what_another_command_wrote_just_now_is_not_overwritten(problems, out):
+    """Between our reading and our writing it has come and gone."""
+    results = evaluate.Results(out, {"some": "description"})
+    out.write_bytes(b"others")
+    with pytest.raises(InputError, match="another command"), results:
+        pass
+    assert out.read_bytes() == b"others"
+
+
+def test_a_standard_output_that_fails_costs_no_figure(command, problems, out, monkeypatch):
+    def table(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "table", table)
+    figure = out.with_suffix(".svg")
+    assert_refused(command(problems, "--out", out, *FEW, "--figure", figure), "No space left")
+    assert figure.exists()
 
 
 def described(whole: bytes, **other: object) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis_profile import examples
 from in_process import said
 from mutations import limited, mutate, mutated_bytes, to_json
+from refusals import assert_one_line
 from safetensors.torch import save_file
 
 from minihogwild import generate, load
@@ -315,13 +318,57 @@ def test_an_unsupported_key_makes_one_line_of_a_warning(folder, caplog):
     assert line.endswith(r"a\x1b[31m\nb")
 
 
-def test_a_panic_of_the_tokenizer_gives_one_line_of_ours(folder):
+def with_tokenizer(folder: Path, **parts: object) -> None:
+    """Put these in the place of the same parts of tokenizer.json."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
-    write_json(folder / "tokenizer.json", tokenizer)
-    code, err = run(folder)
+    write_json(folder / "tokenizer.json", tokenizer | parts)
+
+
+def run_apart(folder: Path, *options: str, program: str = "from minihogwild import command") -> tuple[int, str]:
+    """The same as `run`, as a process of its own: with what libraries write past Python."""
+    command = [sys.executable, "-c", f"import sys\n{program}\nsys.exit(command())"]
+    options = ["--model", str(folder), "--max-steps", "2", "--device", "cpu", "--plain", *options]
+    done = subprocess.run([*command, "hello " * 200, *options], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+PANICS = {
+    "decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 5},
+    "pre_tokenizer": {
+        "type": "Split",
+        "pattern": {"Regex": "(l|l|o)*(.|..)*(?!.|$)x"},  # the library gives up the search
+        "behavior": "Isolated",
+        "invert": False,
+    },
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_a_panic_of_the_tokenizer_gives_one_line_of_ours(folder, part):
+    with_tokenizer(folder, **{part: PANICS[part]})
+    code, err = run_apart(folder)
     assert code == 2
-    assert err.startswith("minihogwild: ")
+    assert_one_line(err, "minihogwild", "the tokenizer fails: PanicException: ")
+
+
+def test_a_search_that_takes_for_ever_is_not_waited_for(folder):
+    """Each place of the text takes long, though not so long that the library would give up."""
+    pattern = {"Regex": "(?:.|..){0,18}(?!\\s|\\S|$)(?=a)"}
+    with_tokenizer(folder, pre_tokenizer=PANICS["pre_tokenizer"] | {"pattern": pattern})
+    program = "from minihogwild.hub import tokenizer\ntokenizer.SECONDS = 1\nfrom minihogwild import command"
+    began = time.monotonic()
+    code, err = run_apart(folder, program=program)
+    assert time.monotonic() - began < 60
+    assert code == 2
+    assert_one_line(err, "minihogwild", "the tokenizer fails: it takes more than 1 seconds")
+
+
+@pytest.mark.parametrize(
+    "steps", [[{"type": "Prepend", "prepend": "a" * 10**6}], [{"type": "Prepend", "prepend": "a" * 9}] * 9]
+)
+def test_what_a_tokenizer_puts_before_a_text_counts_as_growth(folder, steps):
+    with_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": steps})
+    assert "its normalizer may make a text 1e+0" in assert_run_or_refused(folder)
 
 
 def test_a_tokenizer_larger_than_the_embedding(folder):

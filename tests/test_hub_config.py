@@ -369,6 +369,7 @@ def test_the_form_of_mlx_is_refused_by_its_name():
 
 def test_a_silent_activation_is_silu():
     assert parse_config(without(TINY, "hidden_act")) == parse_config(TINY)
+    assert parse_config(TINY | {"hidden_act": "swish"}) == parse_config(TINY)  # the same, by another name
 
 
 # ---- generation_config.json

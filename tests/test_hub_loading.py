@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -323,7 +325,7 @@ def test_no_progress_bar_stays_open(tiny: Path, elsewhere: Path, monkeypatch: py
         return str(tiny)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("minihogwild.hub.loading.hub_answers", lambda name: True)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: [])
     load("someone/tiny-model", device="cpu")
     assert "0/7" in terminal.getvalue()
     drawn = terminal.getvalue()
@@ -388,6 +390,17 @@ def test_a_file_is_no_folder(tiny: Path):
         for asked in (load, fetch_config):
             assert f"{path}: neither a folder" in (message := refusal(asked, str(path)))
             assert "it is a file: give the folder that it lies in" in message
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_folder_is_not_taken_for_a_repositorys_name(tmp_path: Path, kind: str, monkeypatch):
+    Hub(monkeypatch, AssertionError("it must not be looked up"))
+    path = tmp_path / "model"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    assert "what has that name here is no folder, nor a link to one" in refusal(load, str(path))
 
 
 def test_no_name_is_not_the_current_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch):
@@ -600,6 +613,30 @@ def test_what_lies_in_the_place_of_a_file(tiny: Path, missing: str, other: str):
     assert IN_PLACE_OF[missing][other] in message
 
 
+@pytest.mark.parametrize(
+    ("missing", "other"), [(missing, other) for missing, others in IN_PLACE_OF.items() for other in others]
+)
+def test_what_a_repository_has_in_the_place_of_a_file(monkeypatch: pytest.MonkeyPatch, missing: str, other: str):
+    """Of that nothing would be fetched, and so nothing known."""
+    Hub(monkeypatch, AssertionError("nothing must be downloaded"))
+    files = [*({"config.json", "model.safetensors", "tokenizer.json"} - {missing}), other, "README.md"]
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name: files)
+    message = refusal(fetch, "someone/model")
+    assert f"{missing} is missing: there is only {other}: " in message
+    assert IN_PLACE_OF[missing][other] in message
+
+
+def test_a_repository_that_has_all_that_is_needed_is_fetched(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, tiny)
+    for files, with_tokenizer in (
+        (["config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin"], True),
+        (["config.json", "model.safetensors.index.json", "tokenizer.json"], True),
+        (["config.json", "model.safetensors", "tokenizer.model"], False),
+    ):
+        monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda name, files=files: files)
+        assert fetch("someone/model", with_tokenizer) == tiny
+
+
 def test_several_that_lie_there(tiny: Path):
     for steps in (500, 1000, 1500):
         (tiny / f"checkpoint-{steps}").mkdir()
@@ -610,7 +647,7 @@ def test_several_that_lie_there(tiny: Path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                                   "generation_config.json", "added_tokens.json", "chat_template.jinja",
-                                  "model.safetensors.index.json"])  # fmt: skip
+                                  "adapter_config.json", "model.safetensors.index.json"])  # fmt: skip
 def test_a_link_that_leads_nowhere_is_not_nothing(tiny: Path, name: str):
     """As in a snapshot of the hub's cache that was copied without the files that it links to."""
     (tiny / name).unlink(missing_ok=True)
@@ -712,6 +749,40 @@ def test_a_server_that_never_answers(tmp_path: Path, asked):
         command = [sys.executable, "-c", program.replace("ASKED", asked)]
         done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
     assert "the hub cannot be reached, and nothing of it is kept here" in done.stderr
+
+
+class Dribbling(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        with suppress(OSError):  # nobody listens any more
+            for _ in range(300):
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *what):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("fetch", "the hub cannot be reached, and nothing of it is kept here"), ("fetch_config", "it takes more than")],
+)
+def test_a_server_that_answers_a_byte_at_a_time(tmp_path: Path, asked, said):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dribbling) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 0.3; loading.ASKED('some/model')"
+        began = time.monotonic()
+        command = [sys.executable, "-c", program.replace("ASKED", asked)]
+        done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert time.monotonic() - began < 20
+    assert said in done.stderr
 
 
 class Overloaded(BaseHTTPRequestHandler):

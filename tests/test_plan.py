@@ -67,6 +67,37 @@ def test_a_packed_model(tmp_path):
     assert rows["as they are, AWQ"][0] == f"{nbytes / 1e9:.1f} GB"
 
 
+OLDER_AWQ = {"w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}
+OLDER_GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+OLDER_FILES = [("quant_config.json", OLDER_AWQ, "AWQ"), ("quantize_config.json", OLDER_GPTQ, "GPTQ")]
+
+
+@pytest.mark.parametrize(("file", "content", "name"), OLDER_FILES)
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_format_that_stands_in_a_file_of_its_own(tmp_path, monkeypatch, where, file, content, name):
+    """As older writers have it."""
+    write_json(tmp_path / "config.json", QWQ | {"torch_dtype": "float16"})
+    write_json(tmp_path / file, content)
+    model = str(tmp_path)
+    if where == "hub":
+        monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda _: ["config.json", file])
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, asked: str(tmp_path / asked))
+        model = "someone/model"
+    rows = rows_of(plan(model))
+    nbytes = 64 * LAYER * (1 / 2 + 3 / 128) + 2 * 2 * 5120 * 152064
+    assert list(rows) == ["weights", "---", f"as they are, {name}"]
+    assert float(rows[f"as they are, {name}"][0].split()[0]) == pytest.approx(nbytes / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
+def test_one_that_is_refused_is_named_as_when_it_is_loaded(tmp_path, file):
+    write_json(tmp_path / "config.json", QWQ)
+    write_json(tmp_path / file, {"bits": 3, "group_size": 128})
+    code, out, err = said(generate.main, "--model", tmp_path, "--plan")
+    assert (code, out) == (2, "")
+    assert f"{file}: bits 3" in err
+
+
 @pytest.mark.parametrize("shape", [TINY | WIDE, MOE | WIDE], ids=["dense", "experts"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_the_estimate_is_what_is_loaded(tmp_path, shape, bits):
@@ -188,6 +219,7 @@ def test_the_command_reads_nothing_but_config_json(tmp_path, monkeypatch):
         return str(tmp_path / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("minihogwild.hub.loading.listed_on_hub", lambda _: ["config.json", "model.safetensors"])
     code, out, err = said(generate.main, "--model", "Qwen/QwQ-32B", "--plan")
     assert (code, err) == (0, "")
     assert asked == [("Qwen/QwQ-32B", "config.json")]

@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hub_files import TINY as FOLDER
+from hub_files import make_folder, make_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import said
@@ -170,7 +172,7 @@ def test_no_schedule_no_folder_for_the_logits(tmp_path):
         [tmp_path / "none.json", "--out", tmp_path / "none" / "logits"],
         [tmp_path / "none.json", "--out", tmp_path],
     ):
-        with patch.object(replay, "load", lambda *_, **__: TINY):
+        with patch.multiple(replay, fetch=lambda name, **_: Path(name), load=lambda *_, **__: TINY):
             code, out, err = said(replay.main, *arguments, "--model", "tiny")
         assert (code, out) == (2, "")
         assert_one_line(err, "replay")
@@ -503,6 +505,19 @@ def older(tmp_path) -> Path:
 def assert_as_it_was(older: Path) -> None:
     assert older.read_text() == "old"
     assert sorted(os.listdir(older.parent)) == [older.name, "schedule.json"]
+
+
+def test_the_logits_are_not_written_over_a_model_at_home(tmp_path, monkeypatch):
+    """`~` is the home folder, for this check as for what is loaded."""
+    folder = make_folder(tmp_path / "model", FOLDER, make_tensors(FOLDER))
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "schedule.json").write_text(json.dumps(schedule(PROMPT)))
+    out = folder / "model.safetensors"
+    code, _, err = said(replay.main, tmp_path / "schedule.json", "--model", "~/model", "--out", out)
+    assert code == 2
+    assert_one_line(err, "replay", "--out", "already")
+    assert out.read_bytes() == before
 
 
 def test_the_logits_are_not_written_over_the_schedule(tmp_path):

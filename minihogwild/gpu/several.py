@@ -437,10 +437,10 @@ class Ranks:
     def gather(self, product: Tensor, columns: list[int]) -> Tensor:
         """The products of all ranks, side by side: [T, columns of this rank] to [T, all columns]."""
         widest = max(columns)
-        padded = F.pad(product, (0, widest - columns[self.rank]))
-        of_ranks = [torch.empty_like(padded) for _ in columns]
+        padded = F.pad(product, (0, widest - columns[self.rank])).contiguous()
+        of_ranks = padded.new_empty(len(columns), *padded.shape)
         with self.together():
-            dist.all_gather(of_ranks, padded)
+            dist.all_gather_into_tensor(of_ranks, padded)
         return torch.cat([part[:, :width] for part, width in zip(of_ranks, columns)], -1)
 
     @contextmanager
@@ -612,7 +612,8 @@ class Follower(Ranks):
         return {}
 
     def end(self, code: int) -> None:
-        """End this rank, where all run the same program."""
+        """Where all run the same program: wait to be ended by rank 0, which may still have to hear the others."""
+        threading.Event().wait(SECONDS)
         os._exit(code)
 
     def has_failed(self, error: RuntimeError) -> None:

@@ -1,6 +1,8 @@
 """`load`: from the name of a model to the model."""
 
+import functools
 import logging
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +21,8 @@ from ..sampling import Sampling
 from ..weights import Weights, name_of_dtype
 from .checkpoint import load_weights, stored_dtype
 from .config_json import parse_config, read_generation_defaults
-from .folder import require_there
+from .folder import require_listed, require_there
+from .limits import in_time
 from .progress import Bar, close_bars
 from .quantized import Format, awq_format, format_of, gptq_format
 from .tokenizer import Tokenizer
@@ -122,10 +125,11 @@ def load(
         require(context >= 1, f"context is {context}: it must be at least 1")
     device = choose_device(device)
     if folder is None:
-        folder = fetch(str(name))
+        folder = fetch(str(name), with_tokenizer)
     require(isinstance(folder, Path), f"folder must be a Path, as fetch gives it, not {folder!r}")
     settings = read_config(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
+    if os.path.lexists(folder / "adapter_config.json"):
+        read_json(folder / "adapter_config.json")  # whatever it says
         logger.warning("adapter_config.json: the adapter is not applied")
     config = parse_config(settings, context)
     format = format_of(settings) or format_beside(folder)
@@ -157,15 +161,24 @@ OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 def format_beside(folder: Path) -> Format | None:
     """A packed checkpoint's format, as AutoGPTQ and AutoAWQ wrote it beside config.json; None where they have not."""
+    path, given = quantization_beside(folder)
+    if not given:
+        return None
+    with refusing(path):
+        method = given["quant_method"]
+        require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
+        return awq_format(given) if method == "awq" else gptq_format(given)
+
+
+def quantization_beside(folder: Path) -> tuple[Path, dict]:
+    """(the file, what it says in the keys that `quantization_config` has now); nothing where there is no such file."""
     for name in OLDER_FORMATS:
-        with refusing(folder / name):
-            found = read_json_if_there(folder / name)
-            given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
-            method = given.get("quant_method", "awq" if "zero_point" in given else "gptq")
-            require(method in ("awq", "gptq"), f"quant_method {method!r} is not supported in this file")
-            if given:
-                return awq_format(given) if method == "awq" else gptq_format(given)
-    return None
+        found = read_json_if_there(folder / name)
+        given = {OLDER_KEYS.get(key, key): value for key, value in found.items() if value is not None}
+        if given:
+            method = "awq" if "zero_point" in given else "gptq"
+            return folder / name, {"quant_method": method} | given
+    return folder, {}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -229,14 +242,22 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 def fetch_config(name: str) -> dict:
-    """config.json of the local folder or hub repository of that name, without anything else of it."""
+    """config.json of the local folder or hub repository of that name, without anything else of it.
+
+    But where older writers say beside it how the checkpoint is packed, it is as if config.json did.
+    """
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
-            path = Path(huggingface_hub.hf_hub_download(name, "config.json", **what_is_kept(name)))
-        else:
-            path = folder / "config.json"
-    return read_config(path)
+            files = listed_on_hub(name)
+            beside = [file for file in OLDER_FORMATS if file in (files or [])]
+            for file in [*beside, "config.json"]:  # small ones
+                download = functools.partial(huggingface_hub.hf_hub_download, name, file, **what_is_kept(files))
+                folder = Path(in_time(download, 10 * HUB_SECONDS)).parent
+    settings = read_config(folder / "config.json")
+    if format_of(settings) is None and format_beside(folder) is not None:
+        _, settings["quantization_config"] = quantization_beside(folder)
+    return settings
 
 
 def read_config(path: Path) -> dict:
@@ -244,30 +265,43 @@ def read_config(path: Path) -> dict:
     return read_json(path)
 
 
-def fetch(name: str) -> Path:
-    """The local folder of that name (`~` is the user's home), or the downloaded hub repository."""
+def fetch(name: str, with_tokenizer: bool = True) -> Path:
+    """The local folder of that name (`~` is the user's home), or the downloaded hub repository.
+
+    Raises InputError, before anything is downloaded, where that repository lacks a file that is needed.
+    """
     with refusing(f"{name}: neither a folder nor to be had from the hub"), reasons_of_the_hub():
         folder = local_folder(name)
         if folder is None:
+            files = listed_on_hub(name)
+            if files:
+                require_listed(files, with_tokenizer)
             download = huggingface_hub.snapshot_download
-            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept(name)))
+            folder = Path(download(name, allow_patterns=FILES, tqdm_class=Bar, **what_is_kept(files)))
     close_bars()
     return folder
 
 
-def what_is_kept(name: str) -> dict:
+def what_is_kept(files: list[str] | None) -> dict:
     """What a download is told where the hub does not answer: to take what is kept here."""
-    return {} if hub_answers(name) else {"local_files_only": True}
+    return {"local_files_only": True} if files is None else {}
 
 
-def hub_answers(name: str) -> bool:
-    """A hub that says nothing, or that it has too much to do, would be waited for, for minutes."""
+def listed_on_hub(name: str) -> list[str] | None:
+    """The repository's files; none where the hub refuses, which a download then says; None where it does not answer.
+
+    A hub that says nothing, or that it has too much to do, would be waited for, for minutes.
+    """
     try:
-        huggingface_hub.HfApi().repo_info(name, timeout=HUB_SECONDS)
+        ask = functools.partial(huggingface_hub.HfApi().repo_info, name, timeout=HUB_SECONDS)
+        about = in_time(ask, 3 * HUB_SECONDS)  # a byte now and then is no answer
+    except InputError:
+        return None
     except Exception as error:  # each version of the library has others; all but these will come again
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        return "Timeout" not in type(error).__name__ and status != 429 and status < 500
-    return True
+        is_silent = "Timeout" in type(error).__name__ or status == 429 or status >= 500
+        return None if is_silent else []
+    return [file.rfilename for file in about.siblings or []]
 
 
 def local_folder(name: str) -> Path | None:
@@ -275,6 +309,7 @@ def local_folder(name: str) -> Path | None:
     require(name, "its name is empty")
     path = Path(name).expanduser()
     require(not path.is_file(), "it is a file: give the folder that it lies in")
+    require(path.is_dir() or not os.path.lexists(path), "what has that name here is no folder, nor a link to one")
     return path if path.is_dir() else None
 
 

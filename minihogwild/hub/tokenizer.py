@@ -17,10 +17,13 @@ from ..errors import refusing, require
 from ..files import is_unicode, read_json
 from .added_tokens import read_added_tokens, require_ids, with_ids
 from .chat_template import read_chat_template, render_chat
+from .limits import in_time, panics_kept_back
 
 NEUTRAL = "·x0-+=~^"  # one of these begins no control token
 THINK, END_OF_THINK = "<think>", "</think>"
 VARIANTS = 3  # of a conversation: see `_render`
+SECONDS = 30  # for one text; the longest take a few
+TRIED = 1000  # tokens that are decoded beforehand
 MOST_STEPS = 100  # of a normalizer and the like; known ones have ten
 MOST_GROWTH = 1000  # times that they may make a text longer
 
@@ -69,9 +72,14 @@ class Tokenizer:
         self.mark_id = self.reads_control.token_to_id(self.mark)
         require(self.mark_id >= self.size, f"{path}: ids are missing below {self.size}: {self.mark_id} is one")
 
+        # A decoder that panics does so with some of these as a rule. Later, each token would have to wait for that.
+        with panics_kept_back():
+            for token in range(min(self.size, TRIED)):
+                self.decode([token])
+
     @staticmethod
     def _build(data: dict, added: list[dict]) -> tokenizers.Tokenizer:
-        with refusing(f"tokenizers {tokenizers.__version__} cannot, which a newer version may"):
+        with refusing(f"tokenizers {tokenizers.__version__} cannot, which a newer version may"), panics_kept_back():
             return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": added}))
 
     def encode(self, text: str, whole: bool = False) -> list[int]:
@@ -104,9 +112,10 @@ class Tokenizer:
 
     def render_ahead(self, prompts: list[str]) -> None:
         """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
-        if self.template is not None:
-            texts = self._render(prompts)
-            for n, prompt in enumerate(prompts):
+        missing = [prompt for prompt in prompts if prompt not in self.rendered]
+        if self.template is not None and missing:
+            texts = self._render(missing)
+            for n, prompt in enumerate(missing):
                 self.rendered[prompt] = texts[VARIANTS * n : VARIANTS * (n + 1)]
 
     def _render(self, prompts: list[str]) -> list[str]:
@@ -206,8 +215,10 @@ def is_control(token: dict, template: str | None) -> bool:
 
 def encode_with(tokenizer: tokenizers.Tokenizer, text: str, whole: bool = False) -> list[int]:
     require(is_unicode(text), f"not valid UTF-8: {text[:200]!r}")
-    with refusing("the tokenizer fails"):
-        return tokenizer.encode(text, add_special_tokens=whole).ids
+    with refusing("the tokenizer fails"), panics_kept_back():
+        # `encode` would not let other threads run meanwhile
+        [encoded] = in_time(lambda: tokenizer.encode_batch([text], add_special_tokens=whole), SECONDS)
+    return encoded.ids
 
 
 # ---- models that think before they answer
@@ -306,6 +317,8 @@ def growth_of(step: dict) -> float:
     kind = step.get("type")
     if kind == "Replace":
         return growth_of_replacement(step["pattern"], step["content"])
+    if kind == "Prepend":
+        return 1.0 + len(step["prepend"])  # as to a text of one character
     if kind == "ByteLevel":
         return 2.0  # a byte becomes a character of two
     if kind == "BertNormalizer":
