@@ -374,35 +374,42 @@ function attend(q, layer, tables, positions, config, cache, watch) {
     const query = q.subarray(t * H * D, (t + 1) * H * D);
     const seen = tables.columns.map((name, b) => ({ block: cache.blocks.get(name), b, visible: tables.visible[t][b] }));
     const total = tables.visible[t].reduce((sum, visible) => sum + visible, 0);
-    const scores = new Float64Array(H * total);  // a row for each head; block after block, key after key
-    let slot = 0;
+    const weights = Array.from({ length: H }, () => new Float64Array(total));  // block after block, key after key
+    let start = 0;
     for (const { block, b, visible } of seen) {
       if (visible === 0) continue;
       // The query is rotated once for each block, by its distance from the block's start. Keys are not touched.
       if (is_rotated) rotate(query, 0, H * D, positions.query_rotation[t][b], turned, 0);
       else turned.set(query);
       const keys = block.keys[layer];
-      for (let n = 0; n < visible; n++, slot++)
-        for (let h = 0; h < H; h++)
-          scores[h * total + slot] = scale * dot(turned, h * D, keys, (n * K + Math.floor(h / G)) * D, D);
+      for (let h = 0; h < H; h++) {
+        const kv_head = Math.floor(h / G);
+        for (let n = 0; n < visible; n++)
+          weights[h][start + n] = scale * dot(turned, h * D, keys, (n * K + kv_head) * D, D);
+      }
+      start += visible;
     }
     for (let h = 0; h < H; h++) {
-      const weights = scores.subarray(h * total, (h + 1) * total);
-      softmax(weights);  // one, over all blocks together
-      watch?.(layer, t, h, weights, tables);
+      softmax(weights[h]);  // one, over all blocks together
+      watch?.(layer, t, h, weights[h], tables);
       const mixed = new Float64Array(D);
-      slot = 0;
+      start = 0;
       for (const { block, visible } of seen) {
-        const values = block.values[layer];
-        for (let n = 0; n < visible; n++, slot++) {
-          const at = (n * K + Math.floor(h / G)) * D;
-          for (let i = 0; i < D; i++) mixed[i] += weights[slot] * values[at + i];
-        }
+        mix(weights[h].subarray(start, start + visible), block.values[layer], Math.floor(h / G) * D, K * D, mixed);
+        start += visible;
       }
       out.set(mixed, (t * H + h) * D);
     }
   });
   return out;
+}
+
+/** Add to `mixed` the values of a block's tokens, each times its weight. A token's begin `stride` after the one before. */
+function mix(weights, values, start, stride, mixed) {
+  for (let n = 0; n < weights.length; n++, start += stride) {
+    const weight = weights[n];
+    for (let i = 0; i < mixed.length; i++) mixed[i] += weight * values[start + i];
+  }
 }
 
 /** SwiGLU, [T, E] in and out. */
@@ -416,12 +423,50 @@ function mlp(x, T, layer) {
 // ---- arithmetic
 
 /** x [T, inputs] times a matrix [outputs, inputs], and its bias if it has one: [T, outputs]. */
-function linear(x, T, { data, bias, outputs, inputs }) {
+function linear(x, T, matrix) {
+  const { bias, outputs } = matrix;
   const y = new Float32Array(T * outputs);
-  for (let o = 0; o < outputs; o++)
-    for (let t = 0; t < T; t++)  // within: so a row of weights is read from memory once, for all workers
-      y[t * outputs + o] = dot(x, t * inputs, data, o * inputs, inputs) + (bias ? bias[o] : 0);
+  for (let o = 0; o < outputs; o += 4)
+    for (let t = 0; t < T; t += 2)  // within: so a row of weights is read from memory once, for all workers
+      multiply_tile(x, t, Math.min(t + 1, T - 1), matrix, o, y);
+  if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % outputs];
   return y;
+}
+
+/**
+ * Two rows of x, `t` and `u`, times four of the matrix, from `o` on: what is read once serves two or four products, which
+ * makes it twice as fast as one product after the other. Where rows are missing, the last one is taken again.
+ */
+function multiply_tile(x, t, u, { data, outputs, inputs }, o, y) {
+  const last = outputs - 1;
+  const p = Math.min(o + 1, last);
+  const q = Math.min(o + 2, last);
+  const r = Math.min(o + 3, last);
+  let to = 0, tp = 0, tq = 0, tr = 0, uo = 0, up = 0, uq = 0, ur = 0;
+  for (let i = 0; i < inputs; i++) {
+    const a = x[t * inputs + i];
+    const b = x[u * inputs + i];
+    let weight = data[o * inputs + i];
+    to += a * weight;
+    uo += b * weight;
+    weight = data[p * inputs + i];
+    tp += a * weight;
+    up += b * weight;
+    weight = data[q * inputs + i];
+    tq += a * weight;
+    uq += b * weight;
+    weight = data[r * inputs + i];
+    tr += a * weight;
+    ur += b * weight;
+  }
+  y[t * outputs + o] = to;
+  y[t * outputs + p] = tp;
+  y[t * outputs + q] = tq;
+  y[t * outputs + r] = tr;
+  y[u * outputs + o] = uo;
+  y[u * outputs + p] = up;
+  y[u * outputs + q] = uq;
+  y[u * outputs + r] = ur;
 }
 
 /** The sum of products of `count` numbers. In four sums: else each addition would wait for the one before it. */

@@ -11,10 +11,10 @@ export const COMMON = "common";
 const HEADER_OTHERS = "header others";
 const HEADER_OWN = "header own";
 const CHECK_AFTER = 1024;  // tokens sampled by all workers between two questions whether work is done twice
-const NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy".split(" ");
+export const NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy".split(" ");
 
 // Of the words that a prompts.json may set, those that this loop knows only one value of
-const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0 };
+const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0, names: NAMES };
 
 export const block_of = name => `text of ${name}`;
 
@@ -44,7 +44,7 @@ export class Run {
       const is_it = JSON.stringify(asked) === JSON.stringify(only);
       require(is_it, `prompts.json: ${name} ${JSON.stringify(asked)} is not supported here, only ${JSON.stringify(only)}`);
     }
-    const names = (words.names ?? NAMES).slice(0, workers);
+    const names = NAMES.slice(0, workers);
     this.model = model;
     this.tokenizer = tokenizer;
     this.words = words;

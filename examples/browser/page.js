@@ -1,7 +1,7 @@
 // The page: a sheet that can be changed, the workers as they write, and one worker alone beside them.
 
 import { arrange_weights, InputError, parse_config, read_safetensors } from "./engine.js";
-import { COMMON, Run, block_of } from "./loop.js";
+import { COMMON, NAMES, Run, block_of } from "./loop.js";
 import { make_sheet, read_sheet } from "./sheet.js";
 import { Tokenizer } from "./words.js";
 
@@ -57,9 +57,9 @@ let blocks = new Map();  // of the team, by name: tokens {text, by, block, is_pr
 let solved = [];  // by line: {by, value} once it is worked out
 let solo_solved = 0;
 
-const names = () => team.workers.map(worker => worker.name);
-const colour_of = name => `c${names().indexOf(name)}`;
 const chosen_workers = () => Number(document.querySelector("#workers input:checked").value);
+const names = () => NAMES.slice(0, chosen_workers());
+const colour_of = name => `c${NAMES.indexOf(name)}`;
 
 /** What a worker has written of its current paragraph, as far as the others can see it. */
 const current_text = name => blocks.get(block_of(name)).filter(token => !token.is_prefix).map(token => token.text).join("");
@@ -67,15 +67,14 @@ const current_text = name => blocks.get(block_of(name)).filter(token => !token.i
 function begin() {
   sheet = read_sheet($("written").value);
   const problem = sheet.map(line => line.text).join("\n");
-  const count = chosen_workers();
-  team = new Run(model, tokenizer, words, problem, count);
+  team = new Run(model, tokenizer, words, problem, chosen_workers());
   team.read_prompt_in_pieces(PIECE);
-  solo = count > 1 ? new Run(model, tokenizer, words, problem, 1) : null;
+  solo = chosen_workers() > 1 ? new Run(model, tokenizer, words, problem, 1) : null;
   solo?.read_prompt_in_pieces(PIECE);
   blocks = new Map([...team.cache.blocks.keys()].map(name => [name, []]));
   solved = sheet.map(() => null);
   solo_solved = 0;
-  draw_beginning();
+  draw_empty("reads the sheet");
 }
 
 /** One pass of the team, and one of the worker beside it: whoever has finished waits. Prompts are read first. */
@@ -101,7 +100,6 @@ function advance_team() {
     if (event.do === "step") note_step(event, weights);
     else if (event.do === "move") note_move(event);
     else if (event.do === "retire" && !team.stopped_by) tell(`${event.worker} has nothing left to do.`);
-  draw_step();
 }
 
 function note_step({ views, tokens }, weights) {
@@ -165,7 +163,6 @@ function advance_solo() {
   const paragraph = worker.paragraphs.at(-1);
   const events = solo.next();
   if (events.some(event => event.do === "move") && result_in(paragraph)) solo_solved += 1;
-  draw_race();
 }
 
 // ---- who does what, read from what they have written
@@ -206,13 +203,14 @@ function show_token(token, is_new) {
   const looks_new = is_new ? " new" : "";
   const author = token.by === null ? "" : ` ${colour_of(token.by)}`;
   const prefix = token.is_prefix ? " prefix" : "";
-  token.span = make("span", { className: `t${author}${prefix}${looks_new}`, tabIndex: -1 }, visible(token.text));
+  const line_end = token.text === "\n" ? " line_end" : "";
+  token.span = make("span", { className: `t${author}${prefix}${line_end}${looks_new}`, tabIndex: -1 }, visible(token.text));
   token.span.token = token;
   if (token.by !== null) pane_of(token.by).querySelector(".text").append(token.span);
   else if (token.block === COMMON) show_in_sheet(token);
 }
 
-const pane_of = name => $(`pane_${names().indexOf(name)}`);
+const pane_of = name => $(`pane_${NAMES.indexOf(name)}`);
 
 /** A token of the prompt: the names, then the sheet, line after line. */
 function show_in_sheet(token) {
@@ -230,10 +228,11 @@ function show_finished(worker, tokens) {
   $("finished").scrollTop = $("finished").scrollHeight;
 }
 
-function draw_beginning() {
+/** The places for all that follows, still empty: also before the start, so one sees what will be there. */
+function draw_empty(status_words) {
   chosen = held = null;
-  $("panes").replaceChildren(...team.workers.map(({ name }, n) => {
-    const status = make("span", { className: "dim" }, "reads the sheet");
+  $("panes").replaceChildren(...names().map((name, n) => {
+    const status = make("span", { className: "dim" }, status_words);
     const text = make("div", { className: "text", role: "group", tabIndex: 0 });
     text.ariaLabel = `${name} is writing: arrow keys go from token to token`;
     const title = make("header", {}, make("h2", { className: "by" }, name), status);
@@ -242,9 +241,11 @@ function draw_beginning() {
   $("finished").replaceChildren();
   $("read").replaceChildren();
   add_line_to_sheet();
-  $("editor").hidden = $("rules").hidden = true;
-  $("read").hidden = $("edit").hidden = false;
-  $("race").hidden = solo === null;
+  const runs = team !== null;
+  document.body.classList.toggle("runs", runs);
+  $("editor").hidden = $("rules").hidden = runs;
+  $("read").hidden = $("edit").hidden = !runs;
+  $("race").hidden = chosen_workers() === 1;
   $("team_name").textContent = in_words(names());
   for (const bar of ["team_bar", "solo_bar"]) $(bar).replaceChildren(...sheet.map(() => make("i")));
   $("verdict").replaceChildren();
@@ -289,14 +290,13 @@ function draw_sheet_notes() {
 const count_solved = () => solved.filter(Boolean).length;
 
 function draw_race() {
-  if (!solo) return;
-  const count = (done, run) => `${done} of ${sheet.length} lines · ${run.forward_steps} steps`;
+  const count = (done, run) => `${done} of ${sheet.length} lines · ${run?.forward_steps ?? 0} steps`;
   $("team_count").textContent = count(count_solved(), team);
   $("solo_count").textContent = count(solo_solved, solo);
   const by = solved.filter(Boolean).map(line => colour_of(line.by)).sort();
   [...$("team_bar").children].forEach((part, n) => { part.className = by[n] ?? ""; });
   [...$("solo_bar").children].forEach((part, n) => { part.className = n < solo_solved ? "alone" : ""; });
-  $("solo_text").textContent = solo.workers[0].paragraphs.at(-1)?.trimEnd() || " ";
+  $("solo_text").textContent = solo?.workers[0].paragraphs.at(-1)?.trimEnd() || " ";
 }
 
 /** The last word: “138 steps against 415”. */
@@ -451,6 +451,7 @@ function run_on() {
       if (was_writing && team.stopped_by && solo && !solo.stopped_by)
         tell(`${in_words(names())}: done after ${team.forward_steps} steps. The one alone goes on.`, true);
     } while (performance.now() - now < FRAME && !team.is_reading_prompt);
+    draw_step();
     if (pace === Infinity) due = 1;
     requestAnimationFrame(frame);
   }
@@ -478,6 +479,7 @@ function go_one_step() {
   if (state !== "paused") set_state("paused");
   while (team.is_reading_prompt || solo?.is_reading_prompt) take_step();
   take_step();
+  draw_step();
   if (state === "paused") {
     const doings = team.workers.map(worker => `${worker.name} ${status_of(worker).words}`);
     tell(`Step ${team.forward_steps}: ${doings.join("; ")}.`);
@@ -486,15 +488,11 @@ function go_one_step() {
 
 function start_over() {
   team = solo = null;
-  chosen = held = null;
-  $("editor").hidden = $("rules").hidden = false;
-  $("read").hidden = $("edit").hidden = true;
-  $("race").hidden = true;
-  $("panes").replaceChildren();
-  $("finished").replaceChildren();
-  draw_looks();
+  solved = [];
+  solo_solved = 0;
   set_state("editing");
   check_sheet();
+  draw_empty("has not begun");
 }
 
 /** Say beside each line what duet does not understand, before it runs. */
@@ -507,6 +505,8 @@ function check_sheet() {
   $("problems").replaceChildren(...problems.map(problem => make("li", {}, problem)));
   $("written").ariaInvalid = problems.length > 0;
   set_state(state);
+  const not_understood = problems.length === 1 ? "One line is" : `${problems.length} lines are`;
+  tell(problems.length ? `${not_understood} not understood yet: see beside the sheet.` : "Ready: press Start, or change the sheet first.");
 }
 
 function change_pace() {
@@ -532,14 +532,14 @@ function listen() {
   $("another").onclick = () => {
     $("written").value = make_sheet();
     start_over();
-    tell("Another sheet, of random sums.");
+    tell("Another sheet, of random sums: press Start.");
   };
-  $("written").oninput = check_sheet;
+  $("written").oninput = start_over;
   $("speed").oninput = change_pace;
   $("heads").onchange = draw_looks;
   $("workers").onchange = () => {
     const was_running = state === "running";
-    if (team) start_over();
+    start_over();
     if (was_running) go();
   };
 
@@ -581,7 +581,6 @@ function listen() {
 
 async function open_page() {
   change_pace();
-  $("race").hidden = true;
   draw_looks();
   listen();
   await load();
@@ -589,9 +588,7 @@ async function open_page() {
   if (pace >= 0) $("speed").value = pace;
   change_pace();
   if ($("written").value === "") $("written").value = words.problem;
-  set_state("editing");
-  check_sheet();
-  tell("Ready: press Start, or change the sheet first.");
+  start_over();
 }
 
 open_page().catch(error => {
