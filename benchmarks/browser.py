@@ -98,7 +98,9 @@ def main() -> None:
         page = browser.new_page()
         page.goto(address)
         for workers in (1, 2, 4, 6):
-            figures[f"steps a second, engine alone, workers: {workers}"] = round(page.evaluate(ENGINE_ALONE, workers), 1)
+            figures[f"steps a second, engine alone, workers: {workers}"] = round(
+                page.evaluate(ENGINE_ALONE, workers), 1
+            )
         browser.close()
     for name, value in figures.items():
         print(f"{name:60} {value:12,}")
