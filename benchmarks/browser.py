@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from playwright.sync_api import Page, expect, sync_playwright
 
-PAGE = Path(__file__).parents[1] / "examples" / "browser"
+ROOT = Path(__file__).parents[1]
 FASTEST = "6"  # the slider's last place
 PRODUCTS = 6 * (4 * 256 * 256 + 3 * 256 * 640) + 342 * 256  # multiplications by weights of duet, a token
 
@@ -26,9 +26,10 @@ ENGINE_ALONE = """async workers => {
   const { parse_config, read_safetensors, arrange_weights } = await import("./engine.js");
   const { Run } = await import("./loop.js");
   const { Tokenizer } = await import("./words.js");
-  const json = async name => (await fetch(`duet/${name}`)).json();
+  const folder = document.documentElement.dataset.model;
+  const json = async name => (await fetch(folder + name)).json();
   const config = parse_config(await json("config.json"));
-  const file = await (await fetch("duet/model.safetensors")).arrayBuffer();
+  const file = await (await fetch(folder + "model.safetensors")).arrayBuffer();
   const model = { config, weights: arrange_weights(read_safetensors(file), config) };
   const words = await json("prompts.json");
   const run = new Run(model, new Tokenizer(await json("tokenizer.json")), words, words.problem, workers);
@@ -46,9 +47,9 @@ class Silent(SimpleHTTPRequestHandler):
 
 def serve() -> str:
     """The page's address, from a server that runs as long as this program."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=PAGE))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=ROOT))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/"
+    return f"http://127.0.0.1:{server.server_port}/examples/browser/"
 
 
 def measure_page(page: Page, address: str) -> dict:

@@ -249,7 +249,7 @@ def test_other_mistakes_are_told_in_one_line(tmp_path):
 TELL_WORDS = """
 import { readFileSync } from "node:fs";
 const { Tokenizer, paragraph_closed } = await import(process.argv[2] + "/words.js");
-const tokenizer = new Tokenizer(JSON.parse(readFileSync(process.argv[2] + "/duet/tokenizer.json")));
+const tokenizer = new Tokenizer(JSON.parse(readFileSync(process.argv[3] + "/tokenizer.json")));
 const texts = JSON.parse(readFileSync(0));
 const told = texts.map(text => {
   const ids = tokenizer.encode(text);
@@ -281,7 +281,7 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
         "".join(rng.choices(pieces, k=rng.randint(0, 9))) + rng.choice(["", "\n\n", " \n \n"]) for _ in range(3000)
     ]
     (tmp_path / "tell.mjs").write_text(TELL_WORDS)
-    done = node(tmp_path / "tell.mjs", HERE, text=json.dumps(texts))
+    done = node(tmp_path / "tell.mjs", HERE, DUET, text=json.dumps(texts))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     closed = 0
@@ -294,9 +294,11 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
 
 
 def test_the_loop_refuses_words_that_it_does_not_know(tmp_path):
+    words = json.loads((DUET / "prompts.json").read_text())
+    asked = [{"together": None}, {"roles": ["first"]}, {"may_end": False}, {"boxed": None}, {"names": ["Zoe"]}]
     script = f"""
 const {{ Run }} = await import("{HERE}/loop.js");
-for (const words of [{{ may_end: true, boxed: false, roles: ["first"] }}, {{ boxed: false }}])
+for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v is not None} for other in asked])})
   try {{
     new Run({{}}, {{}}, words, "", 2);
   }} catch (error) {{
@@ -306,8 +308,11 @@ for (const words of [{{ may_end: true, boxed: false, roles: ["first"] }}, {{ box
     (tmp_path / "refused.mjs").write_text(script)
     done = node(tmp_path / "refused.mjs")
     assert done.stdout.splitlines() == [
+        "prompts.json must have together, a text",
         'prompts.json: roles ["first"] is not supported here, only []',
         "prompts.json: may_end false is not supported here, only true",
+        "prompts.json: boxed true is not supported here, only false",
+        "prompts.json: other names are not supported here",
     ]
 
 
@@ -327,8 +332,8 @@ def serve(folder: Path) -> ThreadingHTTPServer:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of the page, served from its own folder."""
-    server = serve(HERE)
+    """Of the repository, as any static server serves it."""
+    server = serve(ROOT)
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
 
@@ -336,7 +341,8 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
-    assert chromium is not None, "no chromium to test with: apt-get install chromium"
+    if chromium is None:
+        pytest.skip("no chromium to test with: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -345,9 +351,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser, address) -> Iterator[Callable]:
-    """Open the page. That it complains of anything, or asks for anything outside of its folder, is a failure."""
+    """Open the page. That it complains of anything, or asks for anything but its own files and duet's, is a failure."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
+
+    own = (f"{address}examples/browser/", f"{address}minihogwild/duet/", "data:")
 
     def visit(sheet: str | None = None, workers: int = 2, speed: int = 6, **options) -> Page:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options))
@@ -356,8 +364,8 @@ def visit(browser, address) -> Iterator[Callable]:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        page.on("request", lambda request: request.url.startswith((address, "data:")) or complaints.append(request.url))
-        page.goto(address)
+        page.on("request", lambda request: request.url.startswith(own) or complaints.append(request.url))
+        page.goto(f"{address}examples/browser/")
         expect(page.locator("#go")).to_be_enabled(timeout=60_000)
         if sheet is not None:
             page.locator("#written").fill(sheet)
@@ -397,9 +405,10 @@ RUN_IN_CHROMIUM = """async ([sheets, workers]) => {
   const { parse_config, read_safetensors, arrange_weights } = await import("./engine.js");
   const { Run } = await import("./loop.js");
   const { Tokenizer } = await import("./words.js");
-  const json = async name => (await fetch(`duet/${name}`)).json();
+  const folder = document.documentElement.dataset.model;
+  const json = async name => (await fetch(folder + name)).json();
   const config = parse_config(await json("config.json"));
-  const file = await (await fetch("duet/model.safetensors")).arrayBuffer();
+  const file = await (await fetch(folder + "model.safetensors")).arrayBuffer();
   const model = { config, weights: arrange_weights(read_safetensors(file), config) };
   const tokenizer = new Tokenizer(await json("tokenizer.json"));
   const words = await json("prompts.json");
@@ -493,8 +502,8 @@ NOT_UNDERSTOOD = {
     "a = 1 + 2\n\nb = 1 + 2": (1, "empty", "Each line is a sum"),
     "z = 1 + 2\na = 1 + 2": (1, "no letter after z", "ends at z"),
     "\n".join(f"{letter} = 1 + 2" for letter in "abcdefghijklmno"): (14, "too many lines", "at most 14 lines"),
-    "a = 999 + 999\nb = 999 + 998\nc = a + b\nd = b + c\ne = c + d": (
-        4,
+    "a = 999 + 999\nb = 999 + 998\nc = a + b\nd = b + c\ne = c + d\nf = d + e": (
+        5,
         "comes to more than 9999",
         "results up to 9999",
     ),
@@ -744,24 +753,30 @@ def test_nothing_moves_for_those_who_do_not_want_it(visit):
 
 
 @slow
-def test_the_whole_repository_can_be_served_instead(browser):
-    server = serve(ROOT)
+def test_it_may_stand_elsewhere_with_its_model(browser, tmp_path):
+    """As on a site: its own files, duet's, and where these lie."""
+    shutil.copytree(HERE, tmp_path / "page")
+    shutil.copytree(DUET, tmp_path / "page" / "model")
+    html = (HERE / "index.html").read_text()
+    (tmp_path / "page" / "index.html").write_text(
+        html.replace('data-model="../../minihogwild/duet/"', 'data-model="model/"')
+    )
+    server = serve(tmp_path / "page")
     page = browser.new_page()
-    page.goto(f"http://127.0.0.1:{server.server_port}/examples/browser/")
+    page.goto(f"http://127.0.0.1:{server.server_port}/")
     expect(page.locator("#go")).to_be_enabled(timeout=60_000)
     page.close()
     server.shutdown()
 
 
-def test_without_a_server_or_without_the_model_it_says_what_is_missing(browser, tmp_path):
+def test_without_a_server_or_without_the_model_it_says_what_is_missing(browser):
     page = browser.new_page()
     page.goto((HERE / "index.html").as_uri())
     expect(page.locator("#said")).to_contain_text("It comes from a server")
     expect(page.locator("#go")).to_be_disabled()
-    shutil.copytree(HERE, tmp_path / "page", ignore=shutil.ignore_patterns("duet"))
-    server = serve(tmp_path / "page")
+    server = serve(HERE)
     page.goto(f"http://127.0.0.1:{server.server_port}/")
-    expect(page.locator("#said")).to_contain_text("is not there: serve the whole repository")
+    expect(page.locator("#said")).to_contain_text("is not there: in the repository's folder, python -m http.server")
     expect(page.locator("#go")).to_be_disabled()
     page.close()
     server.shutdown()

@@ -38,10 +38,15 @@ export function parse_config(given) {
   const family = FAMILIES[given.model_type];
   const known = Object.keys(FAMILIES).join(", ");
   require(family, `config.json: model_type ${given.model_type} is not supported here (${known} are)`);
-  const defaults = { max_position_embeddings: 2048, rope_theta: 10000, rms_norm_eps: 1e-6, tie_word_embeddings: false };
+  const defaults = {
+    max_position_embeddings: 2048,
+    rope_theta: 10000,
+    rms_norm_eps: 1e-6,
+    tie_word_embeddings: false,
+  };
   const config = { ...defaults, ...family };
-  for (const [key, value] of Object.entries(given))
-    if (value !== null) config[key] = value;  // null says what silence says
+  // null says what silence says
+  for (const [key, value] of Object.entries(given)) if (value !== null) config[key] = value;
 
   for (const key of COUNTS) {
     const is_count = Number.isInteger(config[key]) && config[key] > 0;
@@ -51,10 +56,12 @@ export function parse_config(given) {
   require(!packed, "config.json: packed weights (quantization_config) are not supported here");
   const has_window = config.use_sliding_window || (given.model_type === "mistral" && given.sliding_window !== null);
   require(!has_window, "config.json: sliding_window is not supported here");
-  require((config.hidden_act ?? "silu") === "silu", `config.json: hidden_act ${config.hidden_act} is not supported here`);
+  const activation = config.hidden_act ?? "silu";
+  require(activation === "silu", `config.json: hidden_act ${activation} is not supported here`);
   config.num_key_value_heads ??= config.num_attention_heads;
   config.head_dim ??= config.hidden_size / config.num_attention_heads;
-  require(config.head_dim % 2 === 0, `config.json: head_dim ${config.head_dim} is not an even number: rope turns pairs`);
+  const is_even = config.head_dim % 2 === 0;
+  require(is_even, `config.json: head_dim ${config.head_dim} is not an even number: rope turns pairs`);
   config.rope = parse_rope(config);
   config.is_rotated = rotated_layers(config);
   return config;
@@ -62,9 +69,16 @@ export function parse_config(given) {
 
 function parse_rope(config) {
   const given = { ...(config.rope_scaling ?? config.rope_parameters ?? {}) };
-  const rope = { type: given.rope_type ?? given.type ?? "default", theta: given.rope_theta ?? config.rope_theta, ...given };
-  require(ROPE_TYPES.includes(rope.type), `config.json: rope type ${rope.type} is not supported here (${ROPE_TYPES.join(", ")} are)`);
-  require((rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1) === 1, "config.json: partial_rotary_factor is not supported here");
+  const rope = {
+    type: given.rope_type ?? given.type ?? "default",
+    theta: given.rope_theta ?? config.rope_theta,
+    ...given,
+  };
+  require(ROPE_TYPES.includes(
+    rope.type,
+  ), `config.json: rope type ${rope.type} is not supported here (${ROPE_TYPES.join(", ")} are)`);
+  require((rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1) ===
+    1, "config.json: partial_rotary_factor is not supported here");
   rope.trained_length = rope.original_max_position_embeddings ?? config.max_position_embeddings;
   return rope;
 }
@@ -98,10 +112,11 @@ export function read_safetensors(buffer) {
 
 function numbers_of(buffer, dtype, name) {
   if (dtype === "F32") return new Float32Array(buffer);
-  require(dtype === "BF16", `model.safetensors: ${name} is ${dtype}, which is not supported here (F32 and BF16 are)`);
+  require(dtype ===
+    "BF16", `model.safetensors: ${name} is ${dtype}, which is not supported here (F32 and BF16 are)`);
   const halves = new Uint16Array(buffer);
   const bits = new Uint32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16;  // a bfloat16 is the first half of a float32
+  for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16; // a bfloat16 is the first half of a float32
   return new Float32Array(bits.buffer);
 }
 
@@ -125,7 +140,12 @@ export function arrange_weights(tensors, config) {
     return data;
   }
   function take_matrix(name, outputs, inputs) {
-    return { data: take(`${name}.weight`, outputs, inputs), bias: take_if_there(`${name}.bias`, outputs), outputs, inputs };
+    return {
+      data: take(`${name}.weight`, outputs, inputs),
+      bias: take_if_there(`${name}.bias`, outputs),
+      outputs,
+      inputs,
+    };
   }
   function take_layer(name) {
     return {
@@ -160,25 +180,26 @@ export function arrange_weights(tensors, config) {
 export function frequencies_of(config) {
   const { rope, head_dim: D } = config;
   const pairs = Array.from({ length: D / 2 }, (_, pair) => pair);
-  const trained = pairs.map(pair => rope.theta ** (-2 * pair / D));
+  const trained = pairs.map(pair => rope.theta ** ((-2 * pair) / D));
   if (rope.type === "default") return trained;
   // All others lie between two ends: as trained, and the same divided by `factor`. How much is kept as trained?
   const kept = pairs.map(pair => clamp(share_kept(rope, trained[pair], pair, D), 0, 1));
-  return pairs.map(pair => trained[pair] * kept[pair] + trained[pair] / rope.factor * (1 - kept[pair]));
+  return pairs.map(pair => trained[pair] * kept[pair] + (trained[pair] / rope.factor) * (1 - kept[pair]));
 }
 
 function share_kept(rope, frequency, pair, D) {
   if (rope.type === "linear") return 0;
   if (rope.type === "llama3") {
-    const turns = rope.trained_length * frequency / (2 * Math.PI);  // within the trained length
+    const turns = (rope.trained_length * frequency) / (2 * Math.PI); // within the trained length
     return (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
   }
   // yarn: a ramp over the pairs, between those that make beta_fast and beta_slow turns within the trained length
-  const pair_that_makes = turns => D * Math.log(rope.trained_length / (2 * Math.PI * turns)) / (2 * Math.log(rope.theta));
+  const pair_that_makes = turns =>
+    (D * Math.log(rope.trained_length / (2 * Math.PI * turns))) / (2 * Math.log(rope.theta));
   let [low, high] = [pair_that_makes(rope.beta_fast ?? 32), pair_that_makes(rope.beta_slow ?? 1)];
   if (rope.truncate ?? true) [low, high] = [Math.floor(low), Math.ceil(high)];
   [low, high] = [Math.max(low, 0), Math.min(high, D - 1)];
-  if (low === high) high += 0.001;  // a ramp without width would divide by zero
+  if (low === high) high += 0.001; // a ramp without width would divide by zero
   return 1 - (pair - low) / (high - low);
 }
 
@@ -219,8 +240,8 @@ function rotate(x, start, stop, rotation, into, to) {
 /** One run of tokens: for each layer its keys and values, [N, K * D] each, in arrays that have room for more. */
 class Block {
   constructor(layers, width) {
-    this.width = width;  // K * D
-    this.length = 0;  // N
+    this.width = width; // K * D
+    this.length = 0; // N
     this.keys = Array.from({ length: layers }, () => new Float32Array(0));
     this.values = Array.from({ length: layers }, () => new Float32Array(0));
   }
@@ -255,7 +276,7 @@ export class Cache {
   move(from, to) {
     const [source, target] = [this.blocks.get(from), this.blocks.get(to)];
     const [count, start] = [source.length, target.length];
-    const turned = rotation_to(start, this.frequencies);  // R(start) R(n) = R(start + n)
+    const turned = rotation_to(start, this.frequencies); // R(start) R(n) = R(start + n)
     target.lengthen(count);
     this.is_rotated.forEach((is_rotated, layer) => {
       const keys = source.keys[layer].subarray(0, count * this.width);
@@ -287,14 +308,14 @@ export function tables_of(views, counts, cache) {
     for (const block of view) {
       const column = columns.indexOf(block);
       starts[column] = start;
-      lengths[column] = cache.length(block);  // all of it: also what others write in this very step
+      lengths[column] = cache.length(block); // all of it: also what others write in this very step
       start += cache.length(block);
     }
     const own_column = columns.indexOf(view.at(-1));
     const own_length = lengths[own_column];
     for (let index = own_length - counts[worker]; index < own_length; index++) {
       const seen = [...lengths];
-      seen[own_column] = index + 1;  // of its own block, a token sees itself and what stands before it
+      seen[own_column] = index + 1; // of its own block, a token sees itself and what stands before it
       offset.push(starts);
       visible.push(seen);
       own.push(own_column);
@@ -306,12 +327,14 @@ export function tables_of(views, counts, cache) {
 
 /** What follows from the tables for all layers: by how much each new key and each query is to be rotated. */
 function positions_of(tables, frequencies) {
-  const index = tables.own.map((column, t) => tables.visible[t][column] - 1);  // in the token's own block
-  const position = tables.own.map((column, t) => tables.offset[t][column] + index[t]);  // in its view
+  const index = tables.own.map((column, t) => tables.visible[t][column] - 1); // in the token's own block
+  const position = tables.own.map((column, t) => tables.offset[t][column] + index[t]); // in its view
   return {
     index,
     key_rotation: index.map(n => rotation_to(n, frequencies)),
-    query_rotation: tables.offset.map((starts, t) => starts.map(start => rotation_to(position[t] - start, frequencies))),
+    query_rotation: tables.offset.map((starts, t) =>
+      starts.map(start => rotation_to(position[t] - start, frequencies)),
+    ),
   };
 }
 
@@ -336,7 +359,7 @@ export function step(views, tokens, model, cache, watch = null) {
     const [q, k, v] = [linear(y, T, layer.q), linear(y, T, layer.k), linear(y, T, layer.v)];
     const queries = layer.q_norm ? norm(q, layer.q_norm, config.rms_norm_eps) : q;
     const keys = layer.k_norm ? norm(k, layer.k_norm, config.rms_norm_eps) : k;
-    append(keys, v, number, tables, positions, cache);  // all workers write, and only then does any of them look
+    append(keys, v, number, tables, positions, cache); // all workers write, and only then does any of them look
     const mixed = attend(queries, number, tables, positions, config, cache, watch);
     add(x, linear(mixed, T, layer.out));
     add(x, mlp(norm(x, layer.mlp_norm, config.rms_norm_eps), T, layer));
@@ -363,7 +386,7 @@ function append(k, v, layer, tables, positions, cache) {
 /** Attention of queries [T, H * D], as projected, over all that they may see: [T, H * D]. */
 function attend(q, layer, tables, positions, config, cache, watch) {
   const { num_attention_heads: H, num_key_value_heads: K, head_dim: D } = config;
-  const G = H / K;  // so many query heads share a head of keys and values
+  const G = H / K; // so many query heads share a head of keys and values
   const is_rotated = cache.is_rotated[layer];
   const m = is_rotated ? attention_factor(config.rope) : 1;
   const scale = m ** 2 / Math.sqrt(D);
@@ -372,9 +395,13 @@ function attend(q, layer, tables, positions, config, cache, watch) {
 
   tables.own.forEach((_, t) => {
     const query = q.subarray(t * H * D, (t + 1) * H * D);
-    const seen = tables.columns.map((name, b) => ({ block: cache.blocks.get(name), b, visible: tables.visible[t][b] }));
+    const seen = tables.columns.map((name, b) => ({
+      block: cache.blocks.get(name),
+      b,
+      visible: tables.visible[t][b],
+    }));
     const total = tables.visible[t].reduce((sum, visible) => sum + visible, 0);
-    const weights = Array.from({ length: H }, () => new Float64Array(total));  // block after block, key after key
+    const weights = Array.from({ length: H }, () => new Float64Array(total)); // block after block, key after key
     let start = 0;
     for (const { block, b, visible } of seen) {
       if (visible === 0) continue;
@@ -390,7 +417,7 @@ function attend(q, layer, tables, positions, config, cache, watch) {
       start += visible;
     }
     for (let h = 0; h < H; h++) {
-      softmax(weights[h]);  // one, over all blocks together
+      softmax(weights[h]); // one, over all blocks together
       watch?.(layer, t, h, weights[h], tables);
       const mixed = new Float64Array(D);
       start = 0;
@@ -404,7 +431,7 @@ function attend(q, layer, tables, positions, config, cache, watch) {
   return out;
 }
 
-/** Add to `mixed` the values of a block's tokens, each times its weight. A token's begin `stride` after the one before. */
+/** Add to `mixed` the values of a block's tokens, each times its weight; they lie `stride` numbers apart. */
 function mix(weights, values, start, stride, mixed) {
   for (let n = 0; n < weights.length; n++, start += stride) {
     const weight = weights[n];
@@ -427,22 +454,30 @@ function linear(x, T, matrix) {
   const { bias, outputs } = matrix;
   const y = new Float32Array(T * outputs);
   for (let o = 0; o < outputs; o += 4)
-    for (let t = 0; t < T; t += 2)  // within: so a row of weights is read from memory once, for all workers
+    for (let t = 0; t < T; t += 2)
+      // within: so a row of weights is read from memory once, for all workers
       multiply_tile(x, t, Math.min(t + 1, T - 1), matrix, o, y);
   if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % outputs];
   return y;
 }
 
 /**
- * Two rows of x, `t` and `u`, times four of the matrix, from `o` on: what is read once serves two or four products, which
- * makes it twice as fast as one product after the other. Where rows are missing, the last one is taken again.
+ * Two rows of x, `t` and `u`, times four of the matrix, from `o` on: what is read once serves two or four products,
+ * which is faster than one product after the other. Where rows are missing, the last one is taken again.
  */
 function multiply_tile(x, t, u, { data, outputs, inputs }, o, y) {
   const last = outputs - 1;
   const p = Math.min(o + 1, last);
   const q = Math.min(o + 2, last);
   const r = Math.min(o + 3, last);
-  let to = 0, tp = 0, tq = 0, tr = 0, uo = 0, up = 0, uq = 0, ur = 0;
+  let to = 0,
+    tp = 0,
+    tq = 0,
+    tr = 0,
+    uo = 0,
+    up = 0,
+    uq = 0,
+    ur = 0;
   for (let i = 0; i < inputs; i++) {
     const a = x[t * inputs + i];
     const b = x[u * inputs + i];

@@ -10,11 +10,16 @@ import { fill, paragraph_closed } from "./words.js";
 export const COMMON = "common";
 const HEADER_OTHERS = "header others";
 const HEADER_OWN = "header own";
-const CHECK_AFTER = 1024;  // tokens sampled by all workers between two questions whether work is done twice
-export const NAMES = "Alice Bob Carol Dave Erin Frank Grace Heidi Ivan Judy Kim Leo Mallory Nina Oscar Peggy".split(" ");
+const CHECK_AFTER = 1024; // tokens sampled by all workers between two questions whether work is done twice
+export const NAMES = [
+  ...["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi"],
+  ...["Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy"],
+];
 
-// Of the words that a prompts.json may set, those that this loop knows only one value of
-const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0, names: NAMES };
+// Of the words that a prompts.json may set: those that it must, and those that this loop knows only one value of
+const NEEDED = ["together", "header_others", "header_own", "prefix", "check"];
+const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0 };
+const UNSAID = { ...ONLY, may_end: false, boxed: true }; // what silence means
 
 export const block_of = name => `text of ${name}`;
 
@@ -23,13 +28,13 @@ class Worker {
     const others = names.filter(other => other !== name).map(block_of);
     this.name = name;
     this.view = [COMMON, HEADER_OTHERS, ...others, HEADER_OWN, block_of(name)];
-    this.to_feed = [];  // token ids: a prefix, or what it has sampled last
+    this.to_feed = []; // token ids: a prefix, or what it has sampled last
     this.feeds_sampled = false;
-    this.paragraphs = [];  // the sampled text of each
-    this.token_ids = [];  // all of its own: prefixes, and what it sampled
-    this.sampled = 0;  // how many of them it sampled
+    this.paragraphs = []; // the sampled text of each
+    this.token_ids = []; // all of its own: prefixes, and what it sampled
+    this.sampled = 0; // how many of them it sampled
     this.active = true;
-    this.reader = null;  // bytes to text; a character may take several tokens
+    this.reader = null; // bytes to text; a character may take several tokens
   }
 
   get block() {
@@ -39,11 +44,12 @@ class Worker {
 
 export class Run {
   constructor(model, tokenizer, words, problem, workers, max_steps = 1024) {
+    for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
     for (const [name, only] of Object.entries(ONLY)) {
-      const asked = words[name] ?? (name === "may_end" ? false : only);
-      const is_it = JSON.stringify(asked) === JSON.stringify(only);
-      require(is_it, `prompts.json: ${name} ${JSON.stringify(asked)} is not supported here, only ${JSON.stringify(only)}`);
+      const [found, known] = [words[name] ?? UNSAID[name], only].map(value => JSON.stringify(value));
+      require(found === known, `prompts.json: ${name} ${found} is not supported here, only ${known}`);
     }
+    require(words.names === undefined, "prompts.json: other names are not supported here");
     const names = NAMES.slice(0, workers);
     this.model = model;
     this.tokenizer = tokenizer;
@@ -51,26 +57,27 @@ export class Run {
     this.max_steps = max_steps;
     this.workers = names.map(name => new Worker(name, names));
     this.cache = new Cache(model.config, [COMMON, HEADER_OTHERS, HEADER_OWN, ...names.map(block_of)]);
-    this.forward_steps = 0;  // without the prompt's
+    this.forward_steps = 0; // without the prompt's
     this.sampled_since_check = 0;
     this.stopped_by = null;
 
     const text = fill(words.together, { names: names.join(", "), n: workers, first: names[0], problem });
-    const prompt = tokenizer.encode(text.trim() + "\n");  // all that duet's chat_template.jinja does
+    const prompt = tokenizer.encode(text.trim() + "\n"); // all that duet's chat_template.jinja does
     const headers = [HEADER_OTHERS, HEADER_OWN];
     const header_ids = [words.header_others, words.header_own].map(header => tokenizer.encode(header));
     this.prompt_feeds = [
       { views: [[COMMON]], tokens: [prompt] },
-      { views: headers.map(header => [COMMON, header]), tokens: header_ids },  // read once, and never again
+      { views: headers.map(header => [COMMON, header]), tokens: header_ids }, // read once, and never again
     ];
   }
 
   /** So a page does not stand still while a long prompt is read: in pieces of so many tokens. */
   read_prompt_in_pieces(size) {
-    const [{ views, tokens: [prompt] }, headers] = this.prompt_feeds;
+    const [first, headers] = this.prompt_feeds;
+    const [prompt] = first.tokens;
     const pieces = [];
     for (let start = 0; start < prompt.length; start += size)
-      pieces.push({ views, tokens: [prompt.slice(start, start + size)] });
+      pieces.push({ views: first.views, tokens: [prompt.slice(start, start + size)] });
     this.prompt_feeds = [...pieces, headers];
   }
 
@@ -160,7 +167,8 @@ export class Run {
     if (this.forward_steps >= this.max_steps) return "steps";
     const fed = new Map(writing.map(worker => [worker.block, worker.to_feed.length]));
     const length_after = block => this.cache.length(block) + (fed.get(block) ?? 0);
-    const longest = Math.max(...writing.map(({ view }) => view.reduce((sum, block) => sum + length_after(block), 0)));
+    const length_of = view => view.reduce((sum, block) => sum + length_after(block), 0);
+    const longest = Math.max(...writing.map(worker => length_of(worker.view)));
     return longest > this.model.config.max_position_embeddings ? "context" : null;
   }
 }

@@ -5,13 +5,11 @@ import { COMMON, NAMES, Run, block_of } from "./loop.js";
 import { make_sheet, read_sheet } from "./sheet.js";
 import { Tokenizer } from "./words.js";
 
-// Where duet's files lie: beside this page, which is a link to the package's folder; or in the repository, for a checkout
-// or a server that follows no links
-const FOLDERS = ["duet/", "../../minihogwild/duet/"];
-const PACES = [1, 3, 7, 15, 30, 60, Infinity];  // steps a second
-const PIECE = 16;  // tokens of the prompt in one pass: short enough that the page can be drawn between two of them
-const FRAME = 12;  // milliseconds that steps may take between two drawings
-const BETWEEN_NEWS = 2500;  // milliseconds: a screen reader needs time to say one thing before the next
+const FOLDER = document.documentElement.dataset.model; // where duet's files lie
+const PACES = [1, 3, 7, 15, 30, 60, Infinity]; // steps a second
+const PIECE = 16; // tokens of the prompt in one pass: short enough that the page can be drawn between two of them
+const FRAME = 40; // milliseconds that steps may take between two drawings
+const BETWEEN_NEWS = 2500; // milliseconds: a screen reader needs time to say one thing before the next
 const MOST_LISTED = 6;
 
 const $ = id => document.getElementById(id);
@@ -25,22 +23,26 @@ function make(tag, properties = {}, ...children) {
 
 const percent = share => `${Math.round(100 * share)} %`;
 const visible = text => text.replaceAll("\n", "↵");
-const in_words = names => names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
+const in_words = names =>
+  names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
 
 // ---- the model
 
 let model, tokenizer, words;
 
 async function load() {
-  let folder;
-  for (folder of FOLDERS) if ((await fetch(`${folder}config.json`)).ok) break;
   async function get(name) {
-    const response = await fetch(folder + name);
-    if (!response.ok) throw new InputError(`${folder}${name} is not there: serve the whole repository, links included`);
+    const response = await fetch(FOLDER + name);
+    const where = "in the repository's folder, python -m http.server serves all that it needs";
+    if (!response.ok) throw new InputError(`${FOLDER}${name} is not there: ${where}`);
     return response;
   }
   const json = async name => (await get(name)).json();
-  const [config, spelled, file] = await Promise.all([json("config.json"), json("tokenizer.json"), get("model.safetensors")]);
+  const [config, spelled, file] = await Promise.all([
+    json("config.json"),
+    json("tokenizer.json"),
+    get("model.safetensors"),
+  ]);
   words = await json("prompts.json");
   tokenizer = new Tokenizer(spelled);
   const parsed = parse_config(config);
@@ -49,12 +51,12 @@ async function load() {
 
 // ---- the run: what has happened so far
 
-let sheet = [];  // its lines, as read_sheet gives them
-let team = null;  // the Run that is shown; null: the sheet can still be changed
-let solo = null;  // the one worker beside it
-let state = "loading";  // editing, running, paused, over
-let blocks = new Map();  // of the team, by name: tokens {text, by, block, is_prefix, span, looks}
-let solved = [];  // by line: {by, value} once it is worked out
+let sheet = []; // its lines, as read_sheet gives them
+let team = null; // the Run that is shown; null: the sheet can still be changed
+let solo = null; // the one worker beside it
+let state = "loading"; // editing, running, paused, over
+let blocks = new Map(); // of the team, by name: tokens {text, by, block, is_prefix, span, looks}
+let solved = []; // by line: {by, value} once it is worked out
 let solo_solved = 0;
 
 const chosen_workers = () => Number(document.querySelector("#workers input:checked").value);
@@ -62,7 +64,12 @@ const names = () => NAMES.slice(0, chosen_workers());
 const colour_of = name => `c${NAMES.indexOf(name)}`;
 
 /** What a worker has written of its current paragraph, as far as the others can see it. */
-const current_text = name => blocks.get(block_of(name)).filter(token => !token.is_prefix).map(token => token.text).join("");
+const current_text = name =>
+  blocks
+    .get(block_of(name))
+    .filter(token => !token.is_prefix)
+    .map(token => token.text)
+    .join("");
 
 function begin() {
   sheet = read_sheet($("written").value);
@@ -90,7 +97,7 @@ function take_step() {
 }
 
 function advance_team() {
-  const weights = [];  // by new token: of each layer and head
+  const weights = []; // by new token: of each layer and head
   const watch = (layer, t, head, row, tables) => {
     weights[t] ??= { visible: tables.visible[t], columns: tables.columns, rows: [] };
     weights[t].rows.push(new Float32Array(row));
@@ -117,10 +124,12 @@ function note_step({ views, tokens }, weights) {
       show_token(token, tokens[row].length === 1);
     }
   });
-  weights.forEach((seen, t) => { fed[t].looks = looks_of(fed[t], seen); });
+  weights.forEach((seen, t) => {
+    fed[t].looks = looks_of(fed[t], seen);
+  });
 }
 
-/** What a token looked at: the tokens that it saw; how much at each, on average, and by the keenest reader of others. */
+/** The tokens that a token saw; how much it looked at each, on average, and by the keenest reader of others. */
 function looks_of(token, { visible, columns, rows }) {
   const tokens = columns.flatMap((name, b) => blocks.get(name).slice(0, visible[b]));
   const average = new Float32Array(tokens.length);
@@ -134,7 +143,7 @@ function looks_of(token, { visible, columns, rows }) {
     if (of_others > most) [keenest, most] = [number, of_others];
   }
   const heads = model.config.num_attention_heads;
-  const place = keenest === null ? null : { layer: Math.floor(keenest / heads) + 1, head: keenest % heads + 1 };
+  const place = keenest === null ? null : { layer: Math.floor(keenest / heads) + 1, head: (keenest % heads) + 1 };
   return { tokens, average, keenest: keenest === null ? null : rows[keenest], place, most };
 }
 
@@ -173,7 +182,8 @@ function status_of(worker) {
   if (text === "") return { words: "chooses a line" };
   if (text.startsWith("nothing")) return { words: "sees that nothing is left" };
   const yielded = text.match(/(\w)\? $/)?.[1];
-  if (yielded) return { words: `gives way: ${yielded} is ${someone_at(yielded, worker) ?? "somebody"}'s`, kind: "yields" };
+  if (yielded)
+    return { words: `gives way: ${yielded} is ${someone_at(yielded, worker) ?? "somebody"}'s`, kind: "yields" };
   const named = text.match(/(?:^|\? )(\w)$/)?.[1];
   if (named) return { words: `names ${named}`, line: named };
   const line = line_in(text);
@@ -204,7 +214,11 @@ function show_token(token, is_new) {
   const author = token.by === null ? "" : ` ${colour_of(token.by)}`;
   const prefix = token.is_prefix ? " prefix" : "";
   const line_end = token.text === "\n" ? " line_end" : "";
-  token.span = make("span", { className: `t${author}${prefix}${line_end}${looks_new}`, tabIndex: -1 }, visible(token.text));
+  token.span = make(
+    "span",
+    { className: `t${author}${prefix}${line_end}${looks_new}`, tabIndex: -1 },
+    visible(token.text),
+  );
   token.span.token = token;
   if (token.by !== null) pane_of(token.by).querySelector(".text").append(token.span);
   else if (token.block === COMMON) show_in_sheet(token);
@@ -231,13 +245,15 @@ function show_finished(worker, tokens) {
 /** The places for all that follows, still empty: also before the start, so one sees what will be there. */
 function draw_empty(status_words) {
   chosen = held = null;
-  $("panes").replaceChildren(...names().map((name, n) => {
-    const status = make("span", { className: "dim" }, status_words);
-    const text = make("div", { className: "text", role: "group", tabIndex: 0 });
-    text.ariaLabel = `${name} is writing: arrow keys go from token to token`;
-    const title = make("header", {}, make("h2", { className: "by" }, name), status);
-    return make("article", { className: `pane c${n}`, id: `pane_${n}` }, title, text);
-  }));
+  $("panes").replaceChildren(
+    ...names().map((name, n) => {
+      const status = make("span", { className: "dim" }, status_words);
+      const text = make("div", { className: "text", role: "group", tabIndex: 0 });
+      text.ariaLabel = `${name} is writing: arrow keys go from token to token`;
+      const title = make("header", {}, make("h2", { className: "by" }, name), status);
+      return make("article", { className: `pane c${n}`, id: `pane_${n}` }, title, text);
+    }),
+  );
   $("finished").replaceChildren();
   $("read").replaceChildren();
   add_line_to_sheet();
@@ -271,7 +287,7 @@ function draw_step() {
 /** Beside each line of the sheet: who is at it, or what came out, and whether that is right. */
 function draw_sheet_notes() {
   sheet.forEach((line, number) => {
-    const place = $("read").children[number + 1];  // the first has the names
+    const place = $("read").children[number + 1]; // the first has the names
     if (!place) return;
     const at_it = team.workers.find(worker => worker.active && line_in(current_text(worker.name)) === line.name);
     const done = solved[number];
@@ -293,9 +309,16 @@ function draw_race() {
   const count = (done, run) => `${done} of ${sheet.length} lines · ${run?.forward_steps ?? 0} steps`;
   $("team_count").textContent = count(count_solved(), team);
   $("solo_count").textContent = count(solo_solved, solo);
-  const by = solved.filter(Boolean).map(line => colour_of(line.by)).sort();
-  [...$("team_bar").children].forEach((part, n) => { part.className = by[n] ?? ""; });
-  [...$("solo_bar").children].forEach((part, n) => { part.className = n < solo_solved ? "alone" : ""; });
+  const by = solved
+    .filter(Boolean)
+    .map(line => colour_of(line.by))
+    .sort();
+  [...$("team_bar").children].forEach((part, n) => {
+    part.className = by[n] ?? "";
+  });
+  [...$("solo_bar").children].forEach((part, n) => {
+    part.className = n < solo_solved ? "alone" : "";
+  });
   $("solo_text").textContent = solo?.workers[0].paragraphs.at(-1)?.trimEnd() || " ";
 }
 
@@ -303,8 +326,12 @@ function draw_race() {
 function end() {
   set_state("over");
   const right = solved.filter((line, n) => line?.value === sheet[n].value).length;
-  const sums = right === sheet.length ? `All ${right} sums are right.` : `${right} of ${sheet.length} sums are right.`;
-  const why = { steps: " It was stopped: that many steps are enough.", context: " It was stopped: the model's memory is full." };
+  const sums =
+    right === sheet.length ? `All ${right} sums are right.` : `${right} of ${sheet.length} sums are right.`;
+  const why = {
+    steps: " It was stopped: that many steps are enough.",
+    context: " It was stopped: the model's memory is full.",
+  };
   const stopped = why[team.stopped_by] ?? "";
   let verdict = `${team.forward_steps} steps`;
   if (solo) {
@@ -317,9 +344,9 @@ function end() {
 
 // ---- what a token looks at
 
-let chosen = null;  // the token whose looks are shown
-let held = null;  // the same, where it was clicked
-let pointed = false;  // is the pointer, or the keyboard, at a token?
+let chosen = null; // the token whose looks are shown
+let held = null; // the same, where it was clicked
+let pointed = false; // is the pointer, or the keyboard, at a token?
 
 function choose(token) {
   chosen = token;
@@ -349,35 +376,43 @@ function draw_looks() {
   $("heads").hidden = !chosen?.looks?.keenest;
   if (chosen === null) {
     const how = matchMedia("(hover: none)").matches ? "Tap" : "Point at, or click,";
-    $("looking").replaceChildren(make("p", { className: "dim small" }, `${how} any token that a worker has written.`));
+    $("looking").replaceChildren(
+      make("p", { className: "dim small" }, `${how} any token that a worker has written.`),
+    );
     return;
   }
   chosen.span.classList.add("looks");
   if (!chosen.looks) {
-    const words = "This was given to the workers, and read before they began. Choose a token that one of them wrote.";
+    const words =
+      "This was given to the workers, and read before they began. Choose a token that one of them wrote.";
     $("looking").replaceChildren(make("p", { className: "dim small" }, words));
     return;
   }
   const { tokens, average, keenest, place } = chosen.looks;
   const heads = model.config.num_hidden_layers * model.config.num_attention_heads;
-  if (place) $("keenest_name").textContent = `the one of ${heads} heads that reads most of the others (layer ${place.layer}, head ${place.head})`;
+  if (place)
+    $("keenest_name").textContent =
+      `the one of ${heads} heads that reads most of the others (layer ${place.layer}, head ${place.head})`;
   const weights = keenest && chosen_heads() === "keenest" ? keenest : average;
   const order = [...tokens.keys()].sort((a, b) => weights[b] - weights[a]);
   for (const n of order) {
-    if (weights[n] < .01) break;
+    if (weights[n] < 0.01) break;
     tokens[n].span.classList.add("hot");
     tokens[n].span.style.setProperty("--h", `calc(var(--most) * ${Math.sqrt(weights[n]).toFixed(3)})`);
   }
   const writer = make("span", { className: `by ${colour_of(chosen.by)}` }, chosen.by);
   const itself = make("p", { className: `snippet self ${colour_of(chosen.by)}` }, ...snippet(chosen));
   const intro = make("p", { className: "small" }, writer, " wrote this, and to choose what comes next, looked at:");
-  const listed = order.slice(0, MOST_LISTED).filter(n => weights[n] >= .005).map(n => {
-    const meter = make("div", { className: "meter" });
-    meter.style.width = `${100 * weights[n]}%`;
-    const share = make("span", { className: "percent" }, percent(weights[n]));
-    const where = make("span", { className: "where" }, place_of(tokens[n]));
-    return make("li", {}, make("span", { className: "snippet" }, ...snippet(tokens[n])), share, meter, where);
-  });
+  const listed = order
+    .slice(0, MOST_LISTED)
+    .filter(n => weights[n] >= 0.005)
+    .map(n => {
+      const meter = make("div", { className: "meter" });
+      meter.style.width = `${100 * weights[n]}%`;
+      const share = make("span", { className: "percent" }, percent(weights[n]));
+      const where = make("span", { className: "where" }, place_of(tokens[n]));
+      return make("li", {}, make("span", { className: "snippet" }, ...snippet(tokens[n])), share, meter, where);
+    });
   $("looking").replaceChildren(itself, intro, make("ol", {}, ...listed));
 }
 
@@ -385,7 +420,13 @@ function draw_looks() {
 function snippet(token) {
   const block = [...blocks.values()].find(tokens => tokens.includes(token));
   const at = block.indexOf(token);
-  const text = (from, to) => visible(block.slice(Math.max(from, 0), to).map(other => other.text).join(""));
+  const text = (from, to) =>
+    visible(
+      block
+        .slice(Math.max(from, 0), to)
+        .map(other => other.text)
+        .join(""),
+    );
   return [text(at - 9, at), make("mark", {}, visible(token.text)), text(at + 1, at + 7)];
 }
 
@@ -408,7 +449,7 @@ function set_state(next) {
   $("step").disabled = state === "loading" || state === "over" || has_problems;
   $("over").disabled = team === null;
   $("another").disabled = state === "loading";
-  document.querySelector("aside div").ariaLive = state === "running" ? "off" : "polite";  // many a second are no news
+  document.querySelector("aside div").ariaLive = state === "running" ? "off" : "polite"; // many a second are no news
   if (state === "running") run_on();
 }
 
@@ -441,7 +482,7 @@ function run_on() {
     const now = performance.now();
     // The one worker need not be watched to its end at the team's pace
     const pace = team.stopped_by ? Infinity : PACES[$("speed").value];
-    due += Math.min(now - before, 1000) / 1000 * pace;
+    due += (Math.min(now - before, 1000) / 1000) * pace;
     before = now;
     do {
       if (due < 1 || state !== "running") break;
@@ -499,14 +540,20 @@ function start_over() {
 function check_sheet() {
   sheet = read_sheet($("written").value);
   const rows = $("written").value.split("\n").length;
-  $("written").style.height = `${1.6 * rows + .8}rem`;
-  $("notes").replaceChildren(...sheet.map(line => make("li", { className: line.problem ? "bad" : "" }, line.problem?.short ?? "")));
-  const problems = sheet.flatMap((line, n) => line.problem ? [`Line ${n + 1}: ${line.problem.long}`] : []);
+  $("written").style.height = `${1.6 * rows + 0.8}rem`;
+  $("notes").replaceChildren(
+    ...sheet.map(line => make("li", { className: line.problem ? "bad" : "" }, line.problem?.short ?? "")),
+  );
+  const problems = sheet.flatMap((line, n) => (line.problem ? [`Line ${n + 1}: ${line.problem.long}`] : []));
   $("problems").replaceChildren(...problems.map(problem => make("li", {}, problem)));
   $("written").ariaInvalid = problems.length > 0;
   set_state(state);
   const not_understood = problems.length === 1 ? "One line is" : `${problems.length} lines are`;
-  tell(problems.length ? `${not_understood} not understood yet: see beside the sheet.` : "Ready: press Start, or change the sheet first.");
+  tell(
+    problems.length
+      ? `${not_understood} not understood yet: see beside the sheet.`
+      : "Ready: press Start, or change the sheet first.",
+  );
 }
 
 function change_pace() {
@@ -520,7 +567,12 @@ function go_to_neighbour(target, key) {
   const text = target.closest(".text");
   const tokens = [...text.querySelectorAll(".t")];
   const at = tokens.indexOf(target);
-  const places = { ArrowRight: at + 1, ArrowLeft: at < 0 ? tokens.length - 1 : at - 1, Home: 0, End: tokens.length - 1 };
+  const places = {
+    ArrowRight: at + 1,
+    ArrowLeft: at < 0 ? tokens.length - 1 : at - 1,
+    Home: 0,
+    End: tokens.length - 1,
+  };
   tokens[places[key]]?.focus();
 }
 
@@ -528,7 +580,10 @@ function listen() {
   $("go").onclick = go;
   $("step").onclick = go_one_step;
   $("over").onclick = start_over;
-  $("edit").onclick = () => { start_over(); $("written").focus(); };
+  $("edit").onclick = () => {
+    start_over();
+    $("written").focus();
+  };
   $("another").onclick = () => {
     $("written").value = make_sheet();
     start_over();

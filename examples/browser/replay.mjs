@@ -87,7 +87,8 @@ function check_step({ views, tokens }, known, vocab_size) {
   require(differ, `two views of one step end in the same block: ${quoted(own_blocks)}`);
   for (const ids of tokens) {
     require(ids.length > 0, "each worker of a step feeds at least one token: a list is empty");
-    for (const id of ids) require(id >= 0 && id < vocab_size, `token ${id} is outside the vocabulary of ${vocab_size}`);
+    for (const id of ids)
+      require(id >= 0 && id < vocab_size, `token ${id} is outside the vocabulary of ${vocab_size}`);
   }
 }
 
@@ -105,7 +106,7 @@ function safetensors_header(events, vocab_size) {
     begin = end;
   });
   let text = JSON.stringify(header);
-  text += " ".repeat((8 - text.length % 8) % 8);  // so that the numbers begin at a multiple of 8 bytes
+  text += " ".repeat((8 - (text.length % 8)) % 8); // so that the numbers begin at a multiple of 8 bytes
   const length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(text.length));
   return Buffer.concat([length, Buffer.from(text)]);
@@ -126,7 +127,8 @@ function* replay(schedule, model) {
 }
 
 function main([schedule_path, folder, out, ...more]) {
-  require(out !== undefined && more.length === 0, "usage: node replay.mjs schedule.json model-folder out.safetensors");
+  const has_three = out !== undefined && more.length === 0;
+  require(has_three, "usage: node replay.mjs schedule.json model-folder out.safetensors");
   const model = load_model(folder);
   const schedule = read_json(schedule_path);
   try {

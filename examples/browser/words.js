@@ -6,7 +6,8 @@ import { require } from "./engine.js";
 export class Tokenizer {
   constructor(json) {
     const { model, pre_tokenizer, normalizer, added_tokens } = json;
-    const splits_nowhere = pre_tokenizer?.type === "ByteLevel" && !pre_tokenizer.use_regex && !pre_tokenizer.add_prefix_space;
+    const splits_nowhere =
+      pre_tokenizer?.type === "ByteLevel" && !pre_tokenizer.use_regex && !pre_tokenizer.add_prefix_space;
     const is_known = model?.type === "BPE" && !model.byte_fallback && splits_nowhere && !normalizer;
     require(is_known, "tokenizer.json: only byte-level BPE that splits and changes no text is supported here");
     this.ids = new Map(Object.entries(model.vocab));
@@ -58,7 +59,7 @@ export function fill(template, values) {
 // ---- when a paragraph ends: as prompts.py has it
 
 const TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮";
-const SKIPPED = /["'*_~` \p{Pe}\p{Pf}\p{Pi}]/u;  // when looking back for the end of a sentence: closing marks
+const SKIPPED = /["'*_~` \p{Pe}\p{Pf}\p{Pi}]/u; // when looking back for the end of a sentence: closing marks
 const FENCE_LINE = /^(?:[^\p{L}\p{N}_`~]|\d+[.)])*(?<fence>`{3,}|~{3,})(?<language>[^`]*)$/u;
 
 /** Does the text end with a blank line, after a sentence, a code fence or a `$$`; and not inside of those two? */
@@ -68,9 +69,9 @@ export function paragraph_closed(text) {
   if (line_breaks < 2) return false;
   const prose = without_code(visible);
   if (prose === null) return false;
-  const parts = prose.split("$$");  // text, formula, text, formula, ..., text
+  const parts = prose.split("$$"); // text, formula, text, formula, ..., text
   if (parts.length % 2 === 0) return false;
-  const last_text = (parts.length > 1 ? "." : "") + parts.at(-1);  // a formula ends a sentence, as code does
+  const last_text = (parts.length > 1 ? "." : "") + parts.at(-1); // a formula ends a sentence, as code does
   return ends_a_sentence(last_text);
 }
 
