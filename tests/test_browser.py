@@ -23,7 +23,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from safetensors.torch import load_file
 from sheets import make_sheet
 
-from minihogwild import Model, Run, compare, generate, load, replay
+from minihogwild import Config, Model, Run, compare, generate, load, replay
+from minihogwild.backend import PyTorchBackend
 from minihogwild.generate import DUET
 from minihogwild.prompts import NAMES, paragraph_closed, prompts_of
 from minihogwild.replay import schedule_json
@@ -131,10 +132,19 @@ def fresh_sheet(seed: int, lines: int) -> str:
 
 WORDS = prompts_of(DUET)
 ROLES = ("You are first.\n", "You are last.\n", "You look on.\n")
+
+
+class InPieces(PyTorchBackend):
+    """A backend that has prompts read in pieces."""
+
+    def prefill_chunk(self, prompt_length: int, config: Config) -> int:
+        return 32
+
+
 # What each run is made with; the number of steps is what the oracle does in a few seconds
 RUNS = {
     "two workers": {"workers": 2, "max_steps": 60},
-    "three workers": {"workers": 3, "max_steps": 40},
+    "three workers": {"workers": 3, "max_steps": 40, "backend": InPieces()},
     "four workers": {"workers": 4, "max_steps": 30},
     "six workers": {"workers": 6, "max_steps": 36},
     "six workers, short": {"workers": 6, "max_steps": 8},

@@ -23,6 +23,7 @@ function make(tag, properties = {}, ...children) {
 
 const percent = share => `${Math.round(100 * share)} %`;
 const visible = text => text.replaceAll("\n", "↵");
+const NUMBERS = ["no", "one", "two", "three", "four", "five", "six"];
 const in_words = names =>
   names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
 
@@ -262,7 +263,8 @@ function draw_empty(status_words) {
   $("editor").hidden = $("rules").hidden = runs;
   $("read").hidden = $("edit").hidden = !runs;
   $("race").hidden = chosen_workers() === 1;
-  $("team_name").textContent = in_words(names());
+  const count = names().length;
+  $("team_name").textContent = count < 3 ? in_words(names()) : `All ${NUMBERS[count]} together`;
   for (const bar of ["team_bar", "solo_bar"]) $(bar).replaceChildren(...sheet.map(() => make("i")));
   $("verdict").replaceChildren();
   draw_race();
