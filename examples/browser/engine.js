@@ -54,7 +54,9 @@ export function parse_config(given) {
   }
   const packed = config.quantization_config ?? config.quantization;
   require(!packed, "config.json: packed weights (quantization_config) are not supported here");
-  const has_window = config.use_sliding_window || (given.model_type === "mistral" && given.sliding_window !== null);
+  const always_has_window = given.model_type === "mistral" && given.sliding_window !== null;
+  const some_layer_has = config.layer_types?.includes("sliding_attention");
+  const has_window = config.use_sliding_window || always_has_window || some_layer_has;
   require(!has_window, "config.json: sliding_window is not supported here");
   const activation = config.hidden_act ?? "silu";
   require(activation === "silu", `config.json: hidden_act ${activation} is not supported here`);
@@ -74,11 +76,11 @@ function parse_rope(config) {
     theta: given.rope_theta ?? config.rope_theta,
     ...given,
   };
-  require(ROPE_TYPES.includes(
-    rope.type,
-  ), `config.json: rope type ${rope.type} is not supported here (${ROPE_TYPES.join(", ")} are)`);
-  require((rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1) ===
-    1, "config.json: partial_rotary_factor is not supported here");
+  const supported = ROPE_TYPES.join(", ");
+  require(ROPE_TYPES.includes(rope.type), `config.json: rope type ${rope.type} is not supported here (${supported} are)`);
+  require(rope.type === "default" || rope.factor > 0, `config.json: rope type ${rope.type} needs a factor`);
+  const rotated_part = rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1;
+  require(rotated_part === 1, "config.json: partial_rotary_factor is not supported here");
   rope.trained_length = rope.original_max_position_embeddings ?? config.max_position_embeddings;
   return rope;
 }
@@ -454,8 +456,8 @@ function linear(x, T, matrix) {
   const { bias, outputs } = matrix;
   const y = new Float32Array(T * outputs);
   for (let o = 0; o < outputs; o += 4)
+    // Rows within: so a row of weights is read from memory once, for all workers
     for (let t = 0; t < T; t += 2)
-      // within: so a row of weights is read from memory once, for all workers
       multiply_tile(x, t, Math.min(t + 1, T - 1), matrix, o, y);
   if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % outputs];
   return y;
@@ -470,14 +472,14 @@ function multiply_tile(x, t, u, { data, outputs, inputs }, o, y) {
   const p = Math.min(o + 1, last);
   const q = Math.min(o + 2, last);
   const r = Math.min(o + 3, last);
-  let to = 0,
-    tp = 0,
-    tq = 0,
-    tr = 0,
-    uo = 0,
-    up = 0,
-    uq = 0,
-    ur = 0;
+  let to = 0;
+  let tp = 0;
+  let tq = 0;
+  let tr = 0;
+  let uo = 0;
+  let up = 0;
+  let uq = 0;
+  let ur = 0;
   for (let i = 0; i < inputs; i++) {
     const a = x[t * inputs + i];
     const b = x[u * inputs + i];

@@ -130,22 +130,22 @@ function note_step({ views, tokens }, weights) {
   });
 }
 
-/** The tokens that a token saw; how much it looked at each, on average, and by the keenest reader of others. */
+/** The tokens that a token saw; how much it looked at each, on average, and by the head that is keenest on others. */
 function looks_of(token, { visible, columns, rows }) {
   const tokens = columns.flatMap((name, b) => blocks.get(name).slice(0, visible[b]));
   const average = new Float32Array(tokens.length);
-  let [keenest, most] = [null, 0];
-  for (const [number, row] of rows.entries()) {
-    let of_others = 0;
+  let keenest = null; // of all heads, the one that looks hardest at a single token of another worker's
+  let hardest = 0;
+  for (const [number, row] of rows.entries())
     row.forEach((weight, n) => {
       average[n] += weight / rows.length;
-      if (tokens[n].by !== null && tokens[n].by !== token.by) of_others += weight;
+      const is_anothers = tokens[n].by !== null && tokens[n].by !== token.by;
+      if (is_anothers && weight > hardest) [keenest, hardest] = [number, weight];
     });
-    if (of_others > most) [keenest, most] = [number, of_others];
-  }
+  if (keenest === null) return { tokens, average, keenest };
   const heads = model.config.num_attention_heads;
-  const place = keenest === null ? null : { layer: Math.floor(keenest / heads) + 1, head: (keenest % heads) + 1 };
-  return { tokens, average, keenest: keenest === null ? null : rows[keenest], place, most };
+  const place = { layer: Math.floor(keenest / heads) + 1, head: (keenest % heads) + 1 };
+  return { tokens, average, keenest: rows[keenest], place };
 }
 
 function note_move({ from, to, worker }) {
@@ -191,6 +191,7 @@ function status_of(worker) {
   if (!line) return { words: "writes" };
   if (!text.endsWith("…")) return { words: `works on ${line}`, line };
   const awaited = awaited_in(text);
+  if (solved[sheet.findIndex(({ name }) => name === awaited)]) return { words: `has waited for ${awaited}`, line };
   const other = someone_at(awaited, worker);
   const who = other ? `which ${other} is working out` : "which nobody has begun";
   return { words: `waits for ${awaited}, ${who}`, line, kind: "waits" };
@@ -392,9 +393,8 @@ function draw_looks() {
   }
   const { tokens, average, keenest, place } = chosen.looks;
   const heads = model.config.num_hidden_layers * model.config.num_attention_heads;
-  if (place)
-    $("keenest_name").textContent =
-      `the one of ${heads} heads that reads most of the others (layer ${place.layer}, head ${place.head})`;
+  const which = `the one of ${heads} heads that looks hardest at another's token`;
+  if (place) $("keenest_name").textContent = `${which} (layer ${place.layer}, head ${place.head})`;
   const weights = keenest && chosen_heads() === "keenest" ? keenest : average;
   const order = [...tokens.keys()].sort((a, b) => weights[b] - weights[a]);
   for (const n of order) {
