@@ -6,8 +6,10 @@ import { make_sheet, read_sheet } from "./sheet.js";
 import { Tokenizer } from "./words.js";
 
 const FOLDER = document.documentElement.dataset.model; // where duet's files lie
-const PACES = [1, 3, 7, 15, 30, 60, Infinity]; // steps a second
+const FASTEST = 1000; // steps a second: more than there can be
+const PACES = [1, 3, 7, 15, 30, 60, FASTEST];
 const PIECE = 16; // tokens of the prompt in one pass: short enough that the page can be drawn between two of them
+const MOST_DUE = 10; // steps that may wait, on a machine that is slower than the pace
 const FRAME = 40; // milliseconds that steps may take between two drawings
 const BETWEEN_NEWS = 2500; // milliseconds: a screen reader needs time to say one thing before the next
 const MOST_LISTED = 6;
@@ -59,6 +61,7 @@ let state = "loading"; // editing, running, paused, over
 let blocks = new Map(); // of the team, by name: tokens {text, by, block, is_prefix, span, looks}
 let solved = []; // by line: {by, value} once it is worked out
 let solo_solved = 0;
+let end_is_told = false;
 
 const chosen_workers = () => Number(document.querySelector("#workers input:checked").value);
 const names = () => NAMES.slice(0, chosen_workers());
@@ -82,6 +85,7 @@ function begin() {
   blocks = new Map([...team.cache.blocks.keys()].map(name => [name, []]));
   solved = sheet.map(() => null);
   solo_solved = 0;
+  end_is_told = false;
   draw_empty("reads the sheet");
 }
 
@@ -475,30 +479,40 @@ function fail(error) {
   $("said").classList.add("bad");
 }
 
+const is_reading = () => Boolean(team.is_reading_prompt || solo?.is_reading_prompt);
+
+let next_frame = null;
+
 /** Steps, at the pace that was chosen, until something stops it; between two drawings as many as are due. */
 function run_on() {
-  let due = 1;
+  let due = 1; // steps, or a part of one
   let before = performance.now();
   function frame() {
     if (state !== "running") return;
     const now = performance.now();
-    // The one worker need not be watched to its end at the team's pace
-    const pace = team.stopped_by ? Infinity : PACES[$("speed").value];
-    due += (Math.min(now - before, 1000) / 1000) * pace;
+    const pace = team.stopped_by ? FASTEST : PACES[$("speed").value]; // nobody need watch the one to its end
+    due = Math.min(due + ((now - before) / 1000) * pace, MOST_DUE);
     before = now;
-    do {
-      if (due < 1 || state !== "running") break;
-      const was_writing = !team.stopped_by;
+    while (state === "running" && due >= 1 && performance.now() - now < FRAME) {
+      const reads = is_reading();
       take_step();
-      if (!team.is_reading_prompt) due -= 1;
-      if (was_writing && team.stopped_by && solo && !solo.stopped_by)
-        tell(`${in_words(names())}: done after ${team.forward_steps} steps. The one alone goes on.`, true);
-    } while (performance.now() - now < FRAME && !team.is_reading_prompt);
+      due = reads ? 1 : due - 1;
+      if (reads) break; // the page is drawn between two pieces of the prompt
+    }
     draw_step();
-    if (pace === Infinity) due = 1;
-    requestAnimationFrame(frame);
+    if (state !== "running") return;
+    tell_of_end();
+    next_frame = requestAnimationFrame(frame);
   }
-  requestAnimationFrame(frame);
+  cancelAnimationFrame(next_frame); // that of a run which was paused a moment ago
+  next_frame = requestAnimationFrame(frame);
+}
+
+/** That the team has finished, once, where the one worker goes on. */
+function tell_of_end() {
+  if (!team.stopped_by || end_is_told) return;
+  end_is_told = true;
+  tell(`${in_words(names())}: done after ${team.forward_steps} steps. The one alone goes on.`, true);
 }
 
 function go() {
@@ -520,7 +534,7 @@ function go_one_step() {
   if ($("step").disabled) return;
   if (team === null) begin();
   if (state !== "paused") set_state("paused");
-  while (team.is_reading_prompt || solo?.is_reading_prompt) take_step();
+  while (is_reading()) take_step();
   take_step();
   draw_step();
   if (state === "paused") {
@@ -560,7 +574,7 @@ function check_sheet() {
 
 function change_pace() {
   const pace = PACES[$("speed").value];
-  const said = pace === Infinity ? "as fast as it can" : `${pace} ${pace === 1 ? "step" : "steps"} a second`;
+  const said = pace === FASTEST ? "as fast as it can" : `${pace} ${pace === 1 ? "step" : "steps"} a second`;
   $("speed_said").textContent = $("speed").ariaValueText = said;
 }
 
