@@ -36,7 +36,7 @@ ENGINE_ALONE = """async workers => {
   while (run.is_reading_prompt) run.next();
   const began = performance.now();
   while (run.next().length > 0);
-  return run.forward_steps / (performance.now() - began) * 1000;
+  return [run.forward_steps, run.forward_steps / (performance.now() - began) * 1000];
 }"""
 
 
@@ -62,21 +62,31 @@ def measure_page(page: Page, address: str) -> dict:
     page.locator("#go").click()
     expect(page.locator("#panes .t").first).to_be_visible(timeout=60_000)
     first_step = time.perf_counter()
+    process = page_process()
+    used = cpu_seconds(process)
     expect(page.locator("#said")).to_contain_text("done after", timeout=600_000)
     done = time.perf_counter()
+    used = cpu_seconds(process) - used
     steps = int(page.locator("#team_count").text_content().split()[-2])
     return {
         "seconds to open": opened - began,
         "seconds to the first step": first_step - began,
         "steps a second, two workers and the one beside, drawn": steps / (done - first_step),
+        "the same, a second of CPU time of the page's process": steps / used,
+        "MB of the page's process": process.memory_full_info().pss / 1e6,
     }
 
 
-def renderer_memory() -> float:
-    """Megabytes of this program's largest Chromium process: its own, and its share of what several have together."""
+def page_process() -> psutil.Process:
+    """This program's largest Chromium process that shows a page; memory that several share is divided among them."""
     children = psutil.Process().children(recursive=True)
     renderers = [child for child in children if "--type=renderer" in child.cmdline()]
-    return max(renderer.memory_full_info().pss for renderer in renderers) / 1e6
+    return max(renderers, key=lambda renderer: renderer.memory_full_info().pss)
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def main() -> None:
@@ -92,16 +102,19 @@ def main() -> None:
         visits = []
         for _ in range(options.visits):
             page = browser.new_context().new_page()
-            visits.append(measure_page(page, address) | {"MB of the page's process": renderer_memory()})
+            visits.append(measure_page(page, address))
             page.context.close()
         for name in visits[0]:
             figures[name] = round(statistics.median(visit[name] for visit in visits), 2)
         page = browser.new_page()
         page.goto(address)
+        process = page_process()
         for workers in (1, 2, 4, 6):
-            figures[f"steps a second, engine alone, workers: {workers}"] = round(
-                page.evaluate(ENGINE_ALONE, workers), 1
-            )
+            used = cpu_seconds(process)
+            steps, steps_a_second = page.evaluate(ENGINE_ALONE, workers)
+            used = cpu_seconds(process) - used  # also for loading, and for the prompt
+            figures[f"steps a second, engine alone, workers: {workers}"] = round(steps_a_second, 1)
+            figures[f"the same, a second of CPU time, workers: {workers}"] = round(steps / used, 1)
         browser.close()
     for name, value in figures.items():
         print(f"{name:60} {value:12,}")
