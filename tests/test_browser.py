@@ -692,6 +692,8 @@ def test_on_a_phone(visit):
     expect(page.locator("#looking .percent").first).to_be_in_viewport()
     expect(page.locator("#go")).to_be_in_viewport()
     assert fits(page)
+    page.locator("#let_go").tap()
+    expect(page.locator("#looking")).to_contain_text("Tap any token")
     sizes = [button.bounding_box()["height"] for button in page.locator("#controls button").all()]
     assert min(sizes) >= 30
     page.locator("#step").tap()

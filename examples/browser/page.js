@@ -381,6 +381,7 @@ function draw_looks() {
   document.querySelector(".t.looks")?.classList.remove("looks");
   document.body.classList.toggle("holds", chosen !== null);
   $("heads").hidden = !chosen?.looks?.keenest;
+  $("let_go").hidden = held === null;
   if (chosen === null) {
     const how = matchMedia("(hover: none)").matches ? "Tap" : "Point at, or click,";
     $("looking").replaceChildren(
@@ -455,7 +456,7 @@ function set_state(next) {
   $("step").disabled = state === "loading" || state === "over" || has_problems;
   $("over").disabled = team === null;
   $("another").disabled = state === "loading";
-  document.querySelector("aside div").ariaLive = state === "running" ? "off" : "polite"; // many a second are no news
+  $("looking").ariaLive = state === "running" ? "off" : "polite"; // many a second are no news
   if (state === "running") run_on();
 }
 
@@ -608,6 +609,7 @@ function listen() {
   $("written").oninput = start_over;
   $("speed").oninput = change_pace;
   $("heads").onchange = draw_looks;
+  $("let_go").onclick = let_go;
   $("workers").onchange = () => {
     const was_running = state === "running";
     start_over();
