@@ -118,6 +118,59 @@ def assert_refused(done: subprocess.CompletedProcess, *culprits: str) -> None:
         assert culprit in done.stderr
 
 
+REFUSE_CONFIGS_AND_TENSORS = """
+import { readFileSync } from "node:fs";
+const [engine, folder, changes] = process.argv.slice(2);
+const { parse_config, read_safetensors, arrange_weights } = await import(engine);
+const given = JSON.parse(readFileSync(`${folder}/config.json`));
+const file = readFileSync(`${folder}/model.safetensors`);
+const tensors = () => read_safetensors(file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength));
+function told(act) {
+  try { act(); return null; } catch (error) { return error.message; }
+}
+const config = parse_config(given);
+const norm = { shape: [31], data: new Float32Array(31) };
+const f16 = JSON.stringify({ w: { dtype: "F16", shape: [1], data_offsets: [0, 2] } }).padEnd(64);
+const header = new Uint8Array(8);
+header[0] = 64;
+const bytes = new Uint8Array([...header, ...new TextEncoder().encode(f16), 0, 0]);
+console.log(JSON.stringify([
+  ...JSON.parse(changes).map(change => told(() => parse_config({ ...given, ...change }))),
+  told(() => arrange_weights(new Map([...tensors(), ["model.layers.0.extra", norm]]), config)),
+  told(() => arrange_weights(new Map([...tensors(), ["model.norm.weight", norm]]), config)),
+  told(() => arrange_weights(new Map([...tensors()].filter(([name]) => name !== "model.norm.weight")), config)),
+  told(() => read_safetensors(bytes.buffer)),
+]));
+"""
+
+
+def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
+    changes = {
+        "sliding_window": {"model_type": "mistral", "sliding_window": 64},
+        "sliding_window is": {"use_sliding_window": True},
+        "sliding_window is not": {"layer_types": ["full_attention", "sliding_attention"]},
+        "hidden_act gelu": {"hidden_act": "gelu"},
+        "rope type dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+        "rope type linear needs a factor": {"rope_scaling": {"type": "linear"}},
+        "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+        "head_dim 15": {"head_dim": 15},
+        "vocab_size must be a whole number": {"vocab_size": 0},
+    }
+    of_tensors = [
+        "model.layers.0.extra is not known",
+        "model.norm.weight is [31], and should be [32]",
+        "has no model.norm.weight",
+        "w is F16, which is not supported",
+    ]
+    (tmp_path / "told.mjs").write_text(REFUSE_CONFIGS_AND_TENSORS)
+    given = json.dumps([*changes.values()])
+    done = node(tmp_path / "told.mjs", HERE / "engine.js", VECTORS / "models/llama", given)
+    assert done.returncode == 0, done.stderr
+    for message, culprit in zip(json.loads(done.stdout), [*changes, *of_tensors], strict=True):
+        assert message is not None, culprit
+        assert culprit in message
+
+
 # ---- the engine, by recorded runs of duet
 
 
