@@ -641,6 +641,7 @@ def test_steps_pause_editing_and_starting_over(visit):
     expect(page.locator(".pane h2")).to_have_text(NAMES.split()[:5])
 
 
+@slow
 def test_it_goes_at_the_pace_that_was_asked_for(visit):
     """However often it is paused; and reading the prompt is no reason to catch up."""
     page = visit(WORDS.problem, speed=2)
