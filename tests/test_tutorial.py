@@ -13,7 +13,7 @@ import pytest
 from pytest_examples import EvalExample, find_examples
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS = sorted((ROOT / "tutorial").glob("[0-9]*.md"))
+CHAPTERS = sorted([*(ROOT / "tutorial").glob("[0-9]*.md"), *(ROOT / "tutorial").glob("workshop-*.md")])
 TIMED = 'test="timing"'  # in a block's first line: what it prints differs from machine to machine
 
 
