@@ -22,6 +22,7 @@ from minihogwild.backend import Chosen, PyTorchBackend
 from minihogwild.gpu import attention as gpu_attention
 from minihogwild.gpu import kernels, products
 from minihogwild.gpu.experts import choose, groups_of
+from minihogwild.gpu.one_shot import BLOCK, LARGEST, MOST_PROGRAMS, _one_shot_sum
 from minihogwild.gpu.recorded import padded_tokens
 from minihogwild.weights import Dense
 
@@ -133,6 +134,34 @@ def test_a_prompt_is_taken_at_once_where_memory_allows(monkeypatch, gigabytes):
     widest = 2 * 3 * 27648 * chunk  # gate, up, and the product of both, in 16 bits
     assert chunk == 256 or widest < 0.25e9 * gigabytes
     assert chunk == 16384 or 2 * 2 * widest > 0.25e9 * gigabytes
+
+
+@pytest.mark.parametrize("numbers", [1, 1024, 3000])
+def test_a_sum_over_ranks_in_one_kernel(numbers):
+    """Of three ranks, one runs here. The others' part is done beforehand: they have written, and raised their flags."""
+    ranks, rank = 3, 1
+    buffers = torch.zeros(ranks, 2, LARGEST // 4)  # float32
+    flags = torch.zeros(ranks, 2, MOST_PROGRAMS, ranks, dtype=torch.int32)
+    programs = -(-numbers // BLOCK)
+    for turn in (0, 1, 0):
+        parts = torch.randn(ranks, numbers)
+        for other in (0, 2):
+            buffers[other, turn, :numbers] = parts[other]
+            flags[rank, turn, :programs, other] = 1
+            flags[other, turn] = 0  # they have lowered ours of two sums ago
+        result = torch.zeros(numbers)
+        addresses = [torch.tensor([part.data_ptr() for part in memory]) for memory in (buffers, flags)]
+        _one_shot_sum[programs,](
+            parts[rank].clone(), result, *addresses, rank, numbers, turn,
+            RANKS=ranks, BUFFER=LARGEST // 4, MOST_PROGRAMS=MOST_PROGRAMS, BLOCK=BLOCK,
+        )  # fmt: skip
+        assert torch.allclose(result, parts.sum(0), rtol=1e-6, atol=1e-6)
+        assert torch.equal(buffers[rank, turn, :numbers], parts[rank])
+        assert flags[rank].sum() == 0  # lowered again
+        for other in (0, 2):
+            raised = flags[other, turn, :, rank]
+            assert raised.tolist() == [1] * programs + [0] * (MOST_PROGRAMS - programs)
+        assert not buffers[:, 1 - turn, numbers:].any()
 
 
 # ---- weights in fewer bits

@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,9 @@ from ..interrupts import SIGNALS
 from ..model import step_on_device
 from ..packed import EightBit, FourBit, Stacked, in_few_rows
 from ..weights import Dense, Matrix, Weights
+
+if TYPE_CHECKING:
+    from .one_shot import OneShot
 
 SECONDS = 120  # that a rank waits for another one, in a sum or when they meet
 SECONDS_OF_SILENCE = 60  # until a rank that says nothing at all counts as lost
@@ -379,7 +382,8 @@ class Ranks:
         self.rank = int(os.environ["RANK"])
         self.count = int(os.environ["WORLD_SIZE"])
         self.one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == self.count
-        self.one_shot: dict[torch.dtype, Tensor | None] = {}  # see `buffer_for_one_shot`
+        self.has_tried_one_shot = False
+        self.one_shot: OneShot | None = None
 
     # ---- sums, and what is like them: all ranks call these at the same time
 
@@ -387,40 +391,31 @@ class Ranks:
         """The sum of all ranks' x. (x itself may be overwritten.)"""
         x = x.contiguous()
         with self.together():
-            buffer = self.buffer_for_one_shot(x)
-            if buffer is None:
-                dist.all_reduce(x)
-                return x
-            in_buffer = buffer[: x.numel()].view(x.shape)
-            group = dist.group.WORLD.group_name
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(in_buffer, x, "sum", group)
+            one_shot = self.one_shot_for(x)
+            if one_shot is not None:
+                return one_shot.sum(x)
+            dist.all_reduce(x)
+            return x
 
-    def buffer_for_one_shot(self, x: Tensor) -> Tensor | None:
-        """Memory that all GPUs of the host can read; None where NCCL, or gloo, is to add up.
-
-        Few rows are added up soonest where each GPU reads what all have written ("one-shot"): NCCL's ways have more
-        steps, for it is made for large sums.
-        """
-        suits = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and x.nbytes % 16 == 0
-        if not suits or x.nbytes > LARGEST_ONE_SHOT or not self.one_host:
+    def one_shot_for(self, x: Tensor) -> "OneShot | None":
+        """What adds up few rows in one kernel; None where NCCL, or gloo, is to do it."""
+        if not x.is_cuda or x.nbytes > LARGEST_ONE_SHOT or not self.one_host:
             return None
-        if x.dtype not in self.one_shot:
-            self.one_shot[x.dtype] = self.make_buffer(x)
-        return self.one_shot[x.dtype]
+        if not self.has_tried_one_shot:
+            self.has_tried_one_shot = True
+            self.one_shot = self.make_one_shot(x.device)
+        return self.one_shot
 
-    def make_buffer(self, x: Tensor) -> Tensor | None:
-        """None where any of the ranks has no such memory: its GPUs cannot read each other's, or PyTorch is older."""
-        works_here = False
+    def make_one_shot(self, device: torch.device) -> "OneShot | None":
+        """None where any of the ranks cannot: its GPUs cannot read each other's memory, or PyTorch is older."""
+        one_shot = None
         with suppress(ImportError, AttributeError, RuntimeError):
-            import torch.distributed._symmetric_memory as symmetric_memory
+            from .one_shot import OneShot  # not above: it needs Triton
 
-            _ = torch.ops.symm_mem.one_shot_all_reduce_copy
-            buffer = symmetric_memory.empty(LARGEST_ONE_SHOT // x.itemsize, dtype=x.dtype, device=x.device)
-            symmetric_memory.rendezvous(buffer, dist.group.WORLD.group_name)
-            works_here = True
-        works = torch.tensor(works_here, dtype=torch.int32, device=x.device)
+            one_shot = OneShot(self.rank, device)
+        works = torch.tensor(one_shot is not None, dtype=torch.int32, device=device)
         dist.all_reduce(works, dist.ReduceOp.MIN)
-        return buffer if works.item() == 1 else None
+        return one_shot if works.item() == 1 else None
 
     def largest(self, numbers: Tensor) -> Tensor:
         """The largest of all ranks', at each place."""
