@@ -28,7 +28,7 @@ from torch import Tensor
 from .attention import UNSEEN, LayerCache, Plan
 from .backend import PyTorchBackend, choose_backend
 from .config import Config
-from .errors import InputError, allocating, refusing, require
+from .errors import InputError, allocating, refusing, require, require_kind
 from .rope import frequencies_of, rotate, rotation
 
 LARGEST_PAGE = 2**20
@@ -49,7 +49,7 @@ class Cache:
         backend: PyTorchBackend | None = None,  # None: the fastest that there is
         page_size: int = PAGE,
     ):
-        require(isinstance(config, Config), f"cache: config must be a Config, not {config!r}")
+        require_kind(config, Config, "cache: config")
         are_names = isinstance(blocks, (list, tuple)) and all(isinstance(block, str) for block in blocks)
         require(are_names, f"cache: blocks must be a list of names, not {blocks!r}")
         is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -322,6 +322,7 @@ class Cache:
             self._resize_pool(pool + missing + spare_pages(pool + missing))
         except InputError:
             self._resize_pool(pool + missing)
+        self.backend.tell({"do": "grown", "pool_version": self.pool_version})
 
     def _resize_pool(self, pages: int) -> None:
         """Give every layer a pool of `pages` pages, and copy into it what the old one held.
@@ -350,7 +351,6 @@ class Cache:
         self.free += range(pool, pages)  # higher than those that are free already: so they stay in order
         self.page_owner = np.concatenate((self.page_owner, np.full(pages - pool, NOBODY)))
         self.page_start = np.concatenate((self.page_start, np.zeros(pages - pool, dtype=np.int64)))
-        self.backend.tell({"do": "grown", "pool_version": self.pool_version})
 
 
 def spare_pages(pool: int) -> int:

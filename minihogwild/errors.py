@@ -18,6 +18,12 @@ def require(holds: object, otherwise: str) -> None:
         raise InputError(otherwise)
 
 
+def require_kind(value: object, kind: type, what: str) -> None:
+    """Raise InputError unless the value is of this kind. The value itself is not written out: it may be a model."""
+    if not isinstance(value, kind):
+        raise InputError(f"{what} is of type {type(value).__name__}: it must be a {kind.__name__}")
+
+
 def whole_number(value: object, what: str) -> int:
     """The value as an int. Raises InputError for a text, a fraction, a list and the like."""
     try:

@@ -86,7 +86,7 @@ def arguments() -> Parser:
     )
     add(
         "--batch", type=int, default=1, metavar="N",
-        help="solve N problems at the same time, in one cache, by plain PyTorch (default: 1)",
+        help="solve N problems at the same time, in one cache (default: 1)",
     )  # fmt: skip
     add(
         "--figure", type=Path, metavar="FILE", help="draw what is right against forward passes (.svg, .png; matplotlib)"

@@ -12,7 +12,7 @@ from .attention import LayerCache, Plan, Positions
 from .backend import PyTorchBackend
 from .cache import Cache
 from .config import Config, LayerKind
-from .errors import allocating, refusing, require, whole_number
+from .errors import allocating, refusing, require, require_kind, whole_number
 from .rope import attention_scale
 from .weights import Layer, Matrix, Weights
 
@@ -105,7 +105,7 @@ def step(views: list[list[str]], tokens: list[list[int]], weights: Weights, conf
     a step fails, for whatever reason, the cache's blocks are as they were.
     """
     for value, kind in ((weights, Weights), (config, Config), (cache, Cache)):
-        require(isinstance(value, kind), f"a step takes a {kind.__name__}, not {value!r}")
+        require_kind(value, kind, "what a step takes")
     with refusing("a step takes a list of blocks and a list of token ids for each worker"):
         for view in views:
             require(all(isinstance(block, str) for block in view), f"blocks have names, unlike those of {view!r}")

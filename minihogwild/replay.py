@@ -154,7 +154,7 @@ def replay(
     if oracle:
         machine = Oracle(config, model.weights, blocks)
     elif cache is None:
-        machine = model.cache_for(blocks)
+        machine = Cache(config, blocks, model.dtype, model.device, model.backend)
     else:
         machine = cache
     lengths = dict.fromkeys(blocks, 0)

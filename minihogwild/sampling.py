@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import require
+from .errors import require, require_kind
 
 SORTED_FIRST = 8192  # how many of the likeliest tokens are sorted; the order of the rest seldom matters
 
@@ -63,7 +63,7 @@ def sample(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -
 def require_sampled(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> None:
     is_matrix = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 0
     require(is_matrix and logits.is_floating_point(), "logits must be a tensor [W, V] of numbers with a fraction")
-    require(isinstance(sampling, Sampling), f"sampling must be a Sampling, not {sampling!r}")
+    require_kind(sampling, Sampling, "sampling")
     are_streams = isinstance(streams, list) and all(isinstance(stream, torch.Generator) for stream in streams)
     right = are_streams and len(streams) == len(logits)
     require(right, f"streams must be a list with a torch.Generator for each of {len(logits)} rows")

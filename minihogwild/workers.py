@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .backend import PyTorchBackend
 from .cache import Cache
-from .errors import refusing, require, whole_number
+from .errors import refusing, require, require_kind, whole_number
 from .hub import END_OF_THINK, Model, TextStream, opening_of
 from .layouts import (
     COMMON,
@@ -144,16 +144,15 @@ class Run:
         # but for the end of the context, where finishers need room
         budgets: tuple[int, ...] = (),
     ):
-        # (By its type: to write out a whole model takes half a second, and `require` gets its words in any case.)
-        require(isinstance(model, Model), f"the model must be a Model, as load gives it, not a {type(model).__name__}")
+        require_kind(model, Model, "the model")
         workers = whole_number(workers, "workers")
         max_steps = whole_number(max_steps, "max_steps")
         seed = whole_number(seed, "seed")
         require(isinstance(problem, str), f"the problem must be a text, not {problem!r}")
         self.words = prompts_of(model.folder) if prompts is None else prompts
-        require(isinstance(self.words, Prompts), f"prompts must be a Prompts, not {self.words!r}")
+        require_kind(self.words, Prompts, "prompts")
         self.sampling = model.sampling if sampling is None else sampling
-        require(isinstance(self.sampling, Sampling), f"sampling must be a Sampling, not {self.sampling!r}")
+        require_kind(self.sampling, Sampling, "sampling")
         self.backend = model.backend if backend is None else backend
         if layout is None:
             layout = "combined" if workers > 1 else "independent"

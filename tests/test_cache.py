@@ -11,6 +11,7 @@ from util import config
 
 from minihogwild import Cache, InputError, LayerKind
 from minihogwild.attention import append, positions_of
+from minihogwild.backend import PyTorchBackend
 from minihogwild.cache import PAGE, spare_pages
 from minihogwild.rope import rotate, rotation
 
@@ -221,6 +222,30 @@ def test_a_new_beginning_is_as_a_new_cache():
         used.begin_anew(["z", "z"])
     assert used.lengths == new.lengths
     used.extend([["x"]], [1])  # it can still be used
+
+
+class TellsOfFailure(PyTorchBackend):
+    """Of several ranks, one has failed while the cache grew."""
+
+    failed = False
+
+    def tell(self, event: dict) -> None:
+        if self.failed and event["do"] == "grown":
+            raise InputError("rank 1: no memory")
+
+
+def test_a_rank_that_fails_while_the_cache_grows_is_told_of():
+    """It is no lack of memory here, and the cache is whole."""
+    backend = TellsOfFailure()
+    cache = Cache(SHAPE, BLOCKS, torch.float32, backend=backend)
+    cache.extend([["a"]], [100])
+    backend.failed = True
+    with pytest.raises(InputError, match="rank 1: no memory"):
+        cache.extend([["a"]], [5000])
+    backend.failed = False
+    assert cache.lengths["a"] == 100
+    cache.extend([["a"]], [5000])
+    assert cache.lengths["a"] == 5100
 
 
 # ---- when memory is out

@@ -151,7 +151,7 @@ def test_what_is_done_to_a_cache_refuses_what_is_no_block(duet, wrong):
 def test_a_step_refuses_what_is_no_part_of_a_model(duet, what):
     right = {"weights": duet.weights, "config": duet.config, "cache": Cache(duet.config, ["a"], duet.dtype)}
     for wrong in (5, None, "x"):
-        with refused(what.capitalize(), repr(wrong)):
+        with refused(what.capitalize(), type(wrong).__name__):
             step([["a"]], [[1]], **(right | {what: wrong}))
 
 

@@ -91,6 +91,13 @@ def test_linear_and_swiglu_in_float16(T, F, E):
     assert ours.shape == (T, F)
     assert relative_difference(ours, exact) <= 2 * torch.finfo(torch.float16).eps
 
+    eight_bit = packed.empty_eight_bit(2 * F, E, torch.float16, "cpu")
+    eight_bit.fill(0, weight.float())
+    gate, up = (x.double() @ eight_bit.float64().T).chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up
+    ours = kernels.TritonBackend().linear_and_swiglu(x, eight_bit)
+    assert relative_difference(ours, exact) <= 2 * torch.finfo(torch.float16).eps
+
 
 @pytest.mark.parametrize("D", [2, 12, 64])
 def test_rotations_of_a_step_are_exact_far_out(D):

@@ -120,6 +120,17 @@ def test_the_next_run_takes_over_the_cache_and_computes_the_same(model):
     assert len(caches) == 1
 
 
+def test_no_step_writes_out_a_tensor(model, monkeypatch):
+    """For the words of an error that there is not, say: of a model's weights that takes half a second."""
+
+    def fail(*_, **__):
+        raise AssertionError("a tensor is written out")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", fail)
+    monkeypatch.setattr(torch.Tensor, "__format__", fail)
+    list(Run(model, ASKED, max_steps=9, prompts=ASKING, sampling=Sampling(1.0)))
+
+
 def test_a_cache_is_lent_to_one_run_at_a_time_and_kept_for_its_own_backend(model):
     model = replace(model)
     list(Run(model, PROBLEM, max_steps=1, prompts=WORDS))

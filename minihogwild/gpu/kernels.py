@@ -5,6 +5,7 @@ other, so that a step can be recorded (`recorded.py`).
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..attention import LayerCache, Plan, Positions
 from ..backend import Chosen, PyTorchBackend
+from ..cache import Cache
 from ..config import Config
 from ..packed import EightBit, FourBit, Stacked
 from ..weights import Dense, Layer, Matrix, Weights
@@ -39,10 +41,13 @@ class TritonBackend(PyTorchBackend):
     """Kernels for few rows; PyTorch's products for many. Decode steps are recorded."""
 
     def __init__(self):
-        self.recorded = RecordedSteps()
+        self.recorded: WeakKeyDictionary[Cache, RecordedSteps] = WeakKeyDictionary()  # they end with their cache
 
     def prefill_chunk(self, prompt_length: int, config: Config) -> int:
-        """The whole prompt, where memory allows: large products are the fastest, and these kernels keep no scores."""
+        """The whole prompt, where memory allows: large products are the fastest, and these kernels keep no scores.
+
+        So where a GPU is nearly full, what another program has of it may change the last bits.
+        """
         free, _ = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's own store
         chunk = MOST_OF_PROMPT
@@ -126,7 +131,8 @@ class TritonBackend(PyTorchBackend):
         one_token_each = len(plan.last) == len(plan.offset)
         few_rows = one_token_each or len(tokens) <= FEW_ROWS
         if few_rows and cache.device.type == "cuda" and not waits_for_device(weights, cache.dtype):
-            return self.recorded.play(forward, tokens, weights, config, cache, plan)
+            recorded = self.recorded.setdefault(cache, RecordedSteps())
+            return recorded.play(forward, tokens, weights, config, cache, plan)
         return forward(tokens, weights, config, cache, plan)
 
 

@@ -22,7 +22,7 @@ SHARED_MEMORY = 0  # bytes that one program may have
 if torch.cuda.is_available():
     SHARED_MEMORY = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 FEW_ROWS = 16  # the fewest columns of a tensor core's product
-LONG_SUM = 8192  # columns of a plain weight, for each of which two programs share a sum
+LONG_SUM = 8192  # columns of a plain weight: of each so many, two programs share the sum
 FOUR_BIT_PROGRAMS = 1792  # that share one product, about
 EIGHT_BIT_PROGRAMS = 512
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which reads no assembly

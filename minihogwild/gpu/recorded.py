@@ -2,7 +2,7 @@
 
 A recording reads and writes fixed places in memory. So what changes from step to step (token ids, the plan) is copied
 to the place that the recording reads, and the plan's tables are padded, whatever the views hold. Rows are padded too,
-to 1, 2, 4, 8 or 16: so a few recordings serve all steps, whether a worker feeds one token or several.
+to 1, 2, 4, 8 or multiples of 16: so a few recordings serve all steps, whether a worker feeds one token or several.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
+from triton import cdiv, next_power_of_2
 
 from ..attention import Plan
 from ..cache import Cache
@@ -32,14 +32,13 @@ class Recording:
 
 
 class RecordedSteps:
-    """All recordings for one cache and one model.
+    """All recordings for one cache.
 
     They end when the cache's pool gets new tensors, since they point into the old ones.
     """
 
     def __init__(self):
         # What they read, beside what is copied for each step
-        self.cache: Cache | None = None
         self.pool_version = 0
         self.weights: Weights | None = None
         self.by_size: dict[tuple[int, int], Recording] = {}  # by rows and blocks
@@ -48,11 +47,10 @@ class RecordedSteps:
         self, forward: Callable[..., Tensor], tokens: Tensor, weights: Weights, config: Config, cache: Cache, plan: Plan
     ) -> Tensor:
         """`forward`, of a step that is recorded if no earlier one was of its size."""
-        still_hold = cache is self.cache and cache.pool_version == self.pool_version and weights is self.weights
-        if not still_hold:
+        if cache.pool_version != self.pool_version or weights is not self.weights:
             self.by_size.clear()
-            self.cache, self.pool_version, self.weights = cache, cache.pool_version, weights
-        rows = next_power_of_2(len(tokens))
+            self.pool_version, self.weights = cache.pool_version, weights
+        rows = rows_with_padding(len(tokens))
         blocks = max(LEAST_BLOCKS, next_power_of_2(len(cache.lengths)))
         tokens = padded_tokens(tokens, rows)
         if (rows, blocks) not in self.by_size:
@@ -66,6 +64,11 @@ class RecordedSteps:
         recording.graph.replay()
         workers = len(plan.last)
         return recording.logits[:workers].clone()  # the next step writes its own to the same place
+
+
+def rows_with_padding(rows: int) -> int:
+    """1, 2, 4, 8, or a multiple of 16."""
+    return next_power_of_2(rows) if rows <= 16 else cdiv(rows, 16) * 16
 
 
 def padded_tokens(tokens: Tensor, rows: int) -> Tensor:

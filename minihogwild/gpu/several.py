@@ -399,7 +399,8 @@ class Ranks:
 
     def one_shot_for(self, x: Tensor) -> "OneShot | None":
         """What adds up few rows in one kernel; None where NCCL, or gloo, is to do it."""
-        if not x.is_cuda or x.nbytes > LARGEST_ONE_SHOT or not self.one_host:
+        suits = x.is_cuda and x.dtype != torch.float64  # which that kernel would add up in float32
+        if not suits or x.nbytes > LARGEST_ONE_SHOT or not self.one_host:
             return None
         if not self.has_tried_one_shot:
             self.has_tried_one_shot = True
@@ -435,7 +436,7 @@ class Ranks:
         padded = F.pad(product, (0, widest - columns[self.rank])).contiguous()
         of_ranks = padded.new_empty(len(columns), *padded.shape)
         with self.together():
-            dist.all_gather_into_tensor(of_ranks, padded)
+            dist.all_gather(list(of_ranks), padded)
         return torch.cat([part[:, :width] for part, width in zip(of_ranks, columns)], -1)
 
     @contextmanager
@@ -480,7 +481,8 @@ class Leader(Ranks):
 
     def __init__(self, program: str):
         super().__init__(program)
-        self.failure: str | None = None  # of another rank: what is to be told
+        self.failure: str | None = None  # of another rank: what is to be told,
+        self.has_noticed = False  # and the main thread is about to tell it
         self.has_ended = False
         self.lines = self.meet_followers(meet())
         self.words = {rank: queue.SimpleQueue() for rank in self.lines}  # what each has said
@@ -498,9 +500,10 @@ class Leader(Ranks):
             store.set(ADDRESS, json.dumps([host, port, secret]))
             while len(lines) < self.count - 1:
                 line = Line(server.accept()[0], SECONDS_OF_SILENCE / 2)
-                hello = line.hear() or {}
-                if hello.get("secret") == secret:
-                    lines[hello["rank"]] = line
+                with suppress(OSError, ValueError, AttributeError):  # a stranger's words, or none
+                    hello = line.hear()
+                    if hello.get("secret") == secret:
+                        lines[hello["rank"]] = line
         return lines
 
     def tell(self, order: dict) -> None:
@@ -518,6 +521,7 @@ class Leader(Ranks):
 
     def raise_failure(self) -> None:
         if self.failure is not None:
+            self.has_noticed = True
             raise InputError(self.failure)
 
     def has_failed(self, error: RuntimeError) -> None:
@@ -525,7 +529,7 @@ class Leader(Ranks):
         for _ in range(SECONDS_TO_NOTICE * 10 // 2):
             self.raise_failure()
             time.sleep(0.1)
-        raise InputError(f"the ranks have lost each other: {one_line(str(error))}")
+        raise InputError(f"a sum over all ranks has failed: {one_line(str(error))}")
 
     def listen(self, rank: int) -> None:
         """A thread for each of the others."""
@@ -556,9 +560,9 @@ class Leader(Ranks):
         for words in self.words.values():
             words.put({})  # whoever waits for words is to look
         time.sleep(SECONDS_TO_NOTICE)
-        if not self.has_ended:
+        if not self.has_noticed and not self.has_ended:
             print(f"{self.program}: {failure}", file=sys.stderr, flush=True)
-            for path in unfinished:
+            for path in list(unfinished):
                 path.unlink(missing_ok=True)
             self.end(CANNOT_BE_DONE)
 
@@ -641,7 +645,7 @@ class Follower(Ranks):
                     cache.drop(order["block"])
                 elif what == "grown":
                     same = cache.pool_version == order["pool_version"]
-                    require(same, "its memory is too short for a cache as large as rank 0's")
+                    require(same, "its cache has another size than rank 0's: memory is short on one of them")
         except Exception as error:
             reason = str(error) if isinstance(error, (InputError, OSError)) else f"{type(error).__name__}: {error}"
             self.line.say({"failed": one_line(reason)})
@@ -660,15 +664,20 @@ class Line:
 
     def say(self, word: dict) -> None:
         """Where nobody hears it any more, that is for those who listen to find out."""
-        with self.lock, suppress(OSError):
-            self.connection.sendall(json.dumps(word).encode() + b"\n")
+        with self.lock:
+            try:
+                self.connection.sendall(json.dumps(word).encode() + b"\n")
+            except OSError:  # perhaps in the midst of it: nothing that follows could be understood
+                self.connection.close()
 
     def hear(self) -> dict | None:
         """The next word; None where the other end is closed. Raises TimeoutError where nothing comes in time."""
         while b"\n" not in self.received:
             try:
                 some = self.connection.recv(2**16)
-            except ConnectionError:
+            except TimeoutError:
+                raise
+            except OSError:
                 return None
             if some == b"":
                 return None
@@ -716,10 +725,11 @@ def follow(program: str) -> NoReturn:
 def fingerprints(folder: Path) -> dict[str, str]:
     """By name, a hash of each file that a model is loaded from: of its size, its beginning, and some places in it.
 
-    To read all of it would take as long as to load it; and another model has other numbers everywhere.
+    To read all of it would take as long as to load it; and another model has other numbers nearly everywhere.
     """
     found = {}
-    for path in [folder / "config.json", *safetensors_files(folder)]:
+    settings = [folder / name for name in ("config.json", "quantize_config.json", "quant_config.json")]
+    for path in [path for path in settings if path.exists()] + safetensors_files(folder):
         size = path.stat().st_size
         hashed = hashlib.sha256(str(size).encode())
         with path.open("rb") as file:

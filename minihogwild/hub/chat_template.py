@@ -19,7 +19,8 @@ PROGRAM = Path(__file__).with_name("render_template.py")
 SECONDS = 10  # that a template may take
 LENGTH = 2**20  # characters that it may add to those of the prompts
 
-waiting: dict[str, subprocess.Popen] = {}  # by template: processes that have rendered it, and may do so again
+# The process that has rendered a template last, by that template: it may do so again
+waiting: dict[str, subprocess.Popen] = {}
 
 
 @refusing("the chat template fails")
@@ -41,6 +42,10 @@ def render_chat(template: str, special_tokens: dict[str, str], prompts: list[str
     answer = answer_of(process, request)
     if "failure" in answer:
         raise InputError(answer["failure"][-500:])
+    for other in waiting.values():  # one is enough: few use several models in turn
+        other.kill()
+        other.communicate()
+    waiting.clear()
     waiting[template] = process
     return answer["texts"]
 

@@ -44,7 +44,10 @@ def in_time(call: Callable[[], Result], seconds: float) -> Result:
 
 @contextmanager
 def panics_kept_back() -> Iterator[None]:
-    """Let standard error lead nowhere: the library writes a hundred lines there before it raises."""
+    """Let standard error lead nowhere: the library writes a hundred lines there before it raises.
+
+    (What another thread writes there meanwhile is lost too.)
+    """
     with only_one:
         try:
             kept = os.dup(STANDARD_ERROR)

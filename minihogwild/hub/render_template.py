@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import json
 import re
 import signal
+from contextlib import suppress
 from time import strftime
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -86,13 +87,14 @@ def limit_memory_and_time() -> None:
     """For what is rendered from now on."""
     try:
         import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime) + SECONDS
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-    except (ImportError, ValueError, OSError):
-        pass  # no such limits on Windows, nor all of them on macOS
+    except ImportError:
+        return  # Windows has no such limits
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
+    for limit, most in ((resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CPU, seconds)):
+        _, allowed = resource.getrlimit(limit)  # nobody may have more than the system, or the user, has said
+        with suppress(ValueError, OSError):  # macOS does not have all of them
+            resource.setrlimit(limit, (most, allowed))
 
 
 def answer(line: str) -> dict:

@@ -64,7 +64,7 @@ class Tokenizer:
         self.size = 1 + max(self.reads_text.get_vocab().values(), default=-1)
         model_ids = self.reads_text.get_vocab(with_added_tokens=False).values()
         self.last_of_model = max(model_ids, default=-1)  # the last id that is not an added token's
-        self.rendered: dict[str, list[str]] = {}  # by prompt: kept, since each takes a process
+        self.rendered: dict[str, list[str]] = {}  # by prompt
 
         # A mark stands in no text: see `chat`. Where ids are missing, the library would give it one of those.
         self.mark = secrets.token_hex(16)
@@ -111,7 +111,7 @@ class Tokenizer:
         return [token for token in ids if token != self.mark_id]
 
     def render_ahead(self, prompts: list[str]) -> None:
-        """Make the conversations of many prompts, so that `chat` has them: a process for each would take far longer."""
+        """Make the conversations of many prompts at once, so that `chat` has them."""
         missing = [prompt for prompt in prompts if prompt not in self.rendered]
         if self.template is not None and missing:
             texts = self._render(missing)
