@@ -1,5 +1,6 @@
 """The Triton kernels are the oracle's too: by Triton's interpreter, without a GPU, in float32 (it has no bfloat16)."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -16,14 +17,15 @@ if torch.cuda.is_available():
 pytest.importorskip("triton", reason="needs: python -m pip install triton 'numpy<2.4'")
 from triton import next_power_of_2
 
-from minihogwild import packed
+from minihogwild import Cache, packed
 from minihogwild.attention import Plan
 from minihogwild.backend import Chosen, PyTorchBackend
 from minihogwild.gpu import attention as gpu_attention
-from minihogwild.gpu import kernels, products
+from minihogwild.gpu import kernels, products, recorded
 from minihogwild.gpu.experts import choose, groups_of
 from minihogwild.gpu.one_shot import BLOCK, LARGEST, MOST_PROGRAMS, _one_shot_sum
-from minihogwild.gpu.recorded import padded_tokens
+from minihogwild.gpu.recorded import RecordedSteps, Recording, padded_tokens
+from minihogwild.oracle import Oracle
 from minihogwild.weights import Dense
 
 seeds = st.integers(0, 99)
@@ -68,6 +70,79 @@ def test_attention_equals_the_oracle(backend, shape, schedule, qk_norms, seed):
     theirs = list(run(oracle, events))
     if oracle.narrowest > 2e-3:
         assert max(relative_difference(a, b) for a, b in zip(ours, theirs)) <= 2e-4
+
+
+class Player(PyTorchBackend):
+    """Records small steps as the kernels' backend does, and plays the recordings, without a GPU."""
+
+    def __init__(self):
+        self.recorded = RecordedSteps()
+        self.played = 0
+
+    def run(self, forward, tokens, weights, config, cache, plan):
+        if len(tokens) > 16:
+            return forward(tokens, weights, config, cache, plan)
+        self.played += 1
+        return self.recorded.play(forward, tokens, weights, config, cache, plan)
+
+
+def record_on_cpu(forward, tokens, weights, config, cache, plan) -> Recording:
+    """What a CUDA graph does: the same reads and writes of the same memory, each time that it is replayed."""
+    packed = torch.empty(plan.packed_size(), dtype=torch.int64)
+    plan.pack(packed)
+    plan, tokens = plan.unpack(packed), tokens.clone()
+    logits = forward(tokens, weights, config, cache, plan)
+
+    class Graph:
+        def replay(self):
+            logits.copy_(forward(tokens, weights, config, cache, plan))
+
+    return Recording(Graph(), tokens, packed, plan, logits)
+
+
+@settings(max_examples=40)
+@given(configs(), schedules(), st.integers(0, 99))
+def test_recordings_equal_the_oracle(shape, schedule, seed):
+    """Steps of any number of workers and tokens; moves and drops between them; a pool that grows."""
+    weights, (blocks, events) = random_weights(shape, torch.float64, seed), schedule
+    player = Player()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "record", record_on_cpu)
+        ours = list(run(util.Engine(shape, weights, blocks, backend=player), events))
+    theirs = list(run(Oracle(shape, weights, blocks), events))
+    assert max(relative_difference(a, b) for a, b in zip(ours, theirs)) <= 1e-9
+    assert all(rows in (1, 2, 4, 8, 16) for rows, _ in player.recorded.by_size)
+
+
+def test_a_recording_serves_steps_of_several_sizes_until_the_pool_grows():
+    shape, player = config("default"), Player()
+    weights = random_weights(shape, torch.float32)
+    recorded_now = []
+
+    def counting(*arguments):
+        recorded_now.append(len(arguments[1]))
+        return record_on_cpu(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "record", counting)
+        engine = util.Engine(shape, weights, ["a", "b", "c"], backend=player)
+        for counts in ([1, 1, 1], [1, 2], [4], [1], [2, 3], [3, 4]):
+            views = [["a"], ["a", "b"], ["b", "a", "c"]][: len(counts)]
+            engine.step(views, [[7] * count for count in counts])
+        assert recorded_now == [4, 1, 8]
+        engine.step([["a"]], [[1] * 5000])
+        engine.step([["a"]], [[1]])
+        assert recorded_now == [4, 1, 8, 1]
+
+
+def test_recordings_end_with_their_cache():
+    """They would keep its memory."""
+    backend, cache = kernels.TritonBackend(), Cache(config("default"), ["a"], torch.float32)
+    backend.recorded.setdefault(cache, RecordedSteps())
+    assert len(backend.recorded) == 1
+    del cache
+    gc.collect()
+    assert len(backend.recorded) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")

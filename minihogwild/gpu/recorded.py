@@ -58,7 +58,8 @@ class RecordedSteps:
             self.by_size[rows, blocks] = record(forward, tokens, weights, config, cache, padded_plan)
         recording = self.by_size[rows, blocks]
         recording.tokens.copy_(tokens)
-        packed = torch.empty(len(recording.packed_plan), dtype=torch.int64, pin_memory=True)
+        on_gpu = cache.device.type == "cuda"
+        packed = torch.empty(len(recording.packed_plan), dtype=torch.int64, pin_memory=on_gpu)
         plan.pack(packed, larger_plan=recording.plan)
         recording.packed_plan.copy_(packed, non_blocking=True)
         recording.graph.replay()
