@@ -745,7 +745,7 @@ def test_a_server_that_never_answers(tmp_path: Path, asked):
     """As it is, with the library's own waiting and asking again: it was ten minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
-        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 0.3; loading.ASKED('some/model')"
+        program = "from minihogwild.hub import loading; loading.HUB_SECONDS = 1; loading.ASKED('some/model')"
         command = [sys.executable, "-c", program.replace("ASKED", asked)]
         done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=60)
     assert "the hub cannot be reached, and nothing of it is kept here" in done.stderr

@@ -33,6 +33,7 @@ from util import V, config, configs, relative_difference, schedules, step
 from minihogwild import Cache, Model, compare, generate, replay, workers
 from minihogwild import load as load_model
 from minihogwild.backend import PyTorchBackend
+from minihogwild.hub import loading
 from minihogwild.layouts import COMMON, HEADER_OTHERS, HEADER_OWN, SEPARATOR, block_of
 from minihogwild.oracle import Oracle
 from minihogwild.replay import digest, schedule_json, tensor_name
@@ -265,7 +266,7 @@ def test_a_folder_without_a_tokenizer_is_enough(tmp_path, oracle):
 
 def test_without_kernels_it_is_pytorchs_backend(tmp_path):
     chosen = patch.object(replay, "choose_backend", side_effect=replay.choose_backend)
-    with patch.object(replay, "Cache", side_effect=Cache) as caches, chosen as choices:
+    with patch.object(loading, "Cache", side_effect=Cache) as caches, chosen as choices:
         for options in ([], ["--kernels", "auto"], ["--kernels", "off"]):
             assert replayed(tmp_path, schedule(PROMPT), *options, of=TINY)[0] == 0
         assert replayed(tmp_path, schedule(PROMPT), "--kernels", "off", "--oracle", of=TINY)[0] == 0

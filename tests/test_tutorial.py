@@ -59,5 +59,5 @@ def test_chapter(chapter: Path, eval_example: EvalExample, tmp_path: Path, monke
     assert all((ROOT / "tutorial/figures" / name).exists() for name in shown)
 
 
-def test_there_are_chapters():
-    assert len(CHAPTERS) == 9
+def test_there_are_chapters_and_a_workshop():
+    assert len(CHAPTERS) == 10
