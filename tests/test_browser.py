@@ -528,7 +528,10 @@ def test_the_page_shows_what_the_command_prints_and_races_one_worker(visit, work
             line for line in printed_lines if line.startswith(name)
         ]
     _, alone = by_command(tmp_path, sheet, 1)
-    expect(page.locator("#verdict")).to_contain_text(f"{ours['forward_steps']} steps against {alone['forward_steps']}")
+    steps, alone_steps = ours["forward_steps"], alone["forward_steps"]
+    expect(page.locator("#verdict")).to_contain_text(f"{steps} steps against {alone_steps}")
+    share = f"{steps / alone_steps:.2f} of the steps that one worker alone takes (a step of more workers takes longer"
+    expect(page.locator("#verdict small")).to_contain_text(share)
     expect(page.locator("#said")).to_contain_text(f"All {lines} sums are right.")
     expect(page.locator("#team_bar i[class]:not([class=''])")).to_have_count(lines)
     expect(page.locator("#solo_bar .alone")).to_have_count(lines)
@@ -551,6 +554,50 @@ def test_one_worker_races_nobody(visit):
     run_to_the_end(page)
     expect(page.locator("#race")).to_be_hidden()
     expect(page.locator("#said")).to_contain_text("steps. All 1 sums are right.")
+
+
+# A loop that stops so many workers after so many steps, for a reason
+STOP_EARLY = """async ([workers, steps, reason]) => {
+  const { Run } = await import("./loop.js");
+  const { reason_to_stop } = Run.prototype;
+  Run.prototype.reason_to_stop = function () {
+    if (this.workers.length === workers && this.forward_steps >= steps) return reason;
+    return reason_to_stop.call(this);
+  };
+}"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason", "said"),
+    [
+        (1, "steps", "One worker alone came to the most steps that this page allows."),
+        (2, "context", "Alice and Bob had no room left: the model reads only so many tokens."),
+        (1, "retired", "One worker alone left out 2 of 2 sums."),
+    ],
+)
+def test_the_race_is_told_only_of_those_who_came_to_its_end(visit, workers, reason, said):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate(STOP_EARLY, [workers, 12, reason])
+    run_to_the_end(page)
+    expect(page.locator("#verdict")).to_contain_text(f"This is no fair race: {said}")
+    expect(page.locator("#verdict")).not_to_contain_text("of the steps that one worker alone takes")
+    expect(page.locator("#said")).to_contain_text("12 steps" if workers == 2 else "against 12.")
+
+
+def test_a_wrong_sum_is_no_end_of_the_race(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate("""async () => {
+      const { Run } = await import("./loop.js");
+      const { take } = Run.prototype;
+      Run.prototype.take = function (worker, id) {
+        const digits = this.tokenizer.encode("37");
+        const is_alone = this.workers.length === 1;
+        return take.call(this, worker, is_alone && digits.includes(id) ? this.tokenizer.encode("8")[0] : id);
+      };
+    }""")
+    run_to_the_end(page)
+    expect(page.locator("#verdict")).to_contain_text("One worker alone got")
+    expect(page.locator("#said")).to_contain_text("All 2 sums are right.")
 
 
 NOT_UNDERSTOOD = {
@@ -686,6 +733,53 @@ def test_who_waits_for_what(visit):
     press_until(page, lambda: waiting.count() > 0)
     expect(waiting).to_have_text("waits for a, which Alice is working out")
     expect(page.locator("#read .line", has_text="c = a + b")).to_contain_text("Bob …")
+
+
+def test_who_gave_way_and_finds_nothing_left(visit):
+    page = visit("a = 1 + 2")
+    bob = page.locator(".pane").nth(1)
+    press_until(page, lambda: "nothing" in bob.locator(".text").text_content())
+    assert bob.locator(".text").text_content().startswith("**Bob [1]:** a? nothing")
+    expect(bob.locator("header .dim")).to_have_text("sees that nothing is left")
+
+
+def test_what_each_token_looked_for(visit):
+    """A name is given, and only its last token chooses what comes next; the last one of a line chooses nothing."""
+    page = visit("a = 1 + 2", workers=1)
+    press_until(page, lambda: page.locator("#finished li").count() > 0)
+    tokens = page.locator("#finished .t")
+    prefix = page.locator("#finished .t.prefix").count()
+    told = []
+    for number in (0, prefix - 1, prefix, tokens.count() - 1):
+        tokens.nth(number).hover()
+        told.append(page.locator("#looking .small").text_content())
+    assert told == [
+        "This name was given to Alice. As it was read, it looked at:",
+        "This name was given to Alice. To choose what comes next, it looked at:",
+        "Alice wrote this. To choose what comes next, it looked at:",
+        "Alice wrote this. As it was read, it looked at:",
+    ]
+
+
+def test_a_token_keeps_the_focus_when_its_line_is_finished(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4", workers=1)
+    press_until(page, lambda: page.locator(".pane .t").count() > 8)
+    page.locator(".pane .text").focus()
+    page.keyboard.press("End")
+    focused = "document.activeElement.matches('#finished .t')"
+    assert not page.evaluate(focused)
+    press_until(page, lambda: page.locator("#finished li").count() > 0)
+    assert page.evaluate(focused)
+    expect(page.locator("#looking")).to_contain_text("Alice wrote this")
+
+
+def test_the_end_of_a_text_is_nothing_to_point_at(visit):
+    page = visit("a = 1 + 2", workers=1)
+    run_to_the_end(page)
+    empty = [token for token in page.locator(".t, .text [tabindex]").all() if token.text_content() == ""]
+    assert empty == []
+    expect(page.get_by_role("group", name="finished lines").get_by_role("list")).to_have_count(1)
+    expect(page.locator("#history").get_by_role("listitem")).to_have_count(1)
 
 
 def test_everything_can_be_done_by_keyboard(visit):
