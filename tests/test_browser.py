@@ -379,6 +379,66 @@ for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v 
     ]
 
 
+# ---- the loop: its rules of stopping, and its question whether work is done twice
+
+RUN_IN_NODE = """
+import { readFileSync } from "node:fs";
+const [here, folder] = process.argv.slice(2);
+const { parse_config, read_safetensors, arrange_weights } = await import(here + "/engine.js");
+const { Run } = await import(here + "/loop.js");
+const { Tokenizer } = await import(here + "/words.js");
+const json = name => JSON.parse(readFileSync(`${folder}/${name}`));
+const { sheet, workers, context, words, limits } = JSON.parse(readFileSync(0));
+const config = { ...parse_config(json("config.json")), max_position_embeddings: context };
+const file = readFileSync(`${folder}/model.safetensors`);
+const tensors = read_safetensors(file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength));
+const model = { config, weights: arrange_weights(tensors, config) };
+const tokenizer = new Tokenizer(json("tokenizer.json"));
+const run = new Run(model, tokenizer, { ...json("prompts.json"), ...words }, sheet, workers, limits);
+while (run.next().length > 0);
+const token_ids = run.workers.map(worker => worker.token_ids);
+const paragraphs = run.workers.map(worker => worker.paragraphs);
+console.log(JSON.stringify({ token_ids, paragraphs, steps: run.forward_steps, why: run.stopped_by }));
+"""
+ENDS = {
+    "by its steps": ({"max_steps": 17}, "steps"),
+    "by the context, to its last place": ({"context": 110}, "context"),
+    "by the context, in a prefix": ({"context": 109}, "context"),
+    "asked whether work is done twice": ({"check": " ok? ", "check_after": 30}, "retired"),
+    "alone, and so not asked": ({"check": " ok? ", "check_after": 8, "max_steps": 40, "workers": 1}, "steps"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_ends_where_the_packages_own_does(duet, name, tmp_path, monkeypatch):
+    options, why = ENDS[name]
+    options = {"workers": 2, "max_steps": 1024, "context": 4096, "check": "", "check_after": 1024} | options
+    workers, max_steps, context = options["workers"], options["max_steps"], options["context"]
+    monkeypatch.setattr("minihogwild.workers.CHECK_AFTER", options["check_after"])
+    sheet = "a = 3 + 1\nb = 25 + 1\nc = a + b"
+    model = replace(duet, config=replace(duet.config, max_position_embeddings=context))
+    words = replace(WORDS, check=options["check"])
+    ours = Run(model, sheet, workers, layout="combined", max_steps=max_steps, prompts=words)
+    for _ in ours:
+        pass
+    assert ours.stopped_by == why
+    asked = [worker.name for worker in ours.workers if " ok? " in duet.tokenizer.decode(worker.token_ids)]
+    assert bool(asked) == (name == "asked whether work is done twice")
+
+    limits = {"max_steps": max_steps, "check_after": options["check_after"]}
+    given = {"sheet": sheet, "workers": workers, "context": context, "limits": limits}
+    (tmp_path / "run.mjs").write_text(RUN_IN_NODE)
+    given = json.dumps({**given, "words": {"check": options["check"]}})
+    done = node(tmp_path / "run.mjs", HERE, DUET, text=given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "token_ids": [worker.token_ids for worker in ours.workers],
+        "paragraphs": [worker.paragraphs for worker in ours.workers],
+        "steps": ours.forward_steps,
+        "why": why,
+    }
+
+
 # ---- in Chromium
 
 

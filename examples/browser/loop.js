@@ -10,7 +10,8 @@ import { fill, paragraph_closed } from "./words.js";
 export const COMMON = "common";
 const HEADER_OTHERS = "header others";
 const HEADER_OWN = "header own";
-const CHECK_AFTER = 1024; // tokens sampled by all workers between two questions whether work is done twice
+// `check_after`: tokens sampled by all workers between two questions whether work is done twice
+const LIMITS = { max_steps: 1024, check_after: 1024 };
 export const NAMES = [
   ...["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi"],
   ...["Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy"],
@@ -43,7 +44,7 @@ class Worker {
 }
 
 export class Run {
-  constructor(model, tokenizer, words, problem, workers, max_steps = 1024) {
+  constructor(model, tokenizer, words, problem, workers, limits = LIMITS) {
     for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
     for (const [name, only] of Object.entries(ONLY)) {
       const [found, known] = [words[name] ?? UNSAID[name], only].map(value => JSON.stringify(value));
@@ -54,7 +55,7 @@ export class Run {
     this.model = model;
     this.tokenizer = tokenizer;
     this.words = words;
-    this.max_steps = max_steps;
+    this.limits = limits;
     this.workers = names.map(name => new Worker(name, names));
     this.cache = new Cache(model.config, [COMMON, HEADER_OTHERS, HEADER_OWN, ...names.map(block_of)]);
     this.forward_steps = 0; // without the prompt's
@@ -137,7 +138,7 @@ export class Run {
   begin_paragraph(worker) {
     const number = worker.paragraphs.length + 1;
     let prefix = this.tokenizer.encode(fill(this.words.prefix, { name: worker.name, number }));
-    if (this.sampled_since_check >= CHECK_AFTER && this.workers.length > 1) {
+    if (this.sampled_since_check >= this.limits.check_after && this.workers.length > 1) {
       this.sampled_since_check = 0;
       prefix = prefix.concat(this.tokenizer.encode(this.words.check));
     }
@@ -164,7 +165,7 @@ export class Run {
   reason_to_stop() {
     const writing = this.workers.filter(worker => worker.active);
     if (writing.length === 0) return "retired";
-    if (this.forward_steps >= this.max_steps) return "steps";
+    if (this.forward_steps >= this.limits.max_steps) return "steps";
     const fed = new Map(writing.map(worker => [worker.block, worker.to_feed.length]));
     const length_after = block => this.cache.length(block) + (fed.get(block) ?? 0);
     const length_of = view => view.reduce((sum, block) => sum + length_after(block), 0);
