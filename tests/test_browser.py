@@ -23,9 +23,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 from safetensors.torch import load_file
 from sheets import make_sheet
 
-from minihogwild import Config, Model, Run, compare, generate, load, replay
+from minihogwild import Config, Model, Run, compare, generate, load, replay, rope
 from minihogwild.backend import PyTorchBackend
 from minihogwild.generate import DUET
+from minihogwild.hub.config_json import parse_config
 from minihogwild.prompts import NAMES, paragraph_closed, prompts_of
 from minihogwild.replay import schedule_json
 from minihogwild.show import trace
@@ -144,6 +145,9 @@ console.log(JSON.stringify([
 """
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 64}
+
+
 def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
     changes = {
         "sliding_window": {"model_type": "mistral", "sliding_window": 64},
@@ -151,10 +155,26 @@ def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
         "sliding_window is not": {"layer_types": ["full_attention", "sliding_attention"]},
         "hidden_act gelu": {"hidden_act": "gelu"},
         "rope type dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
-        "rope type linear needs a factor": {"rope_scaling": {"type": "linear"}},
+        "rope type linear needs factor": {"rope_scaling": {"type": "linear"}},
+        "factor 0 is not above 0": {"rope_scaling": {"type": "linear", "factor": 0}},
         "partial_rotary_factor": {"partial_rotary_factor": 0.5},
         "head_dim 15": {"head_dim": 15},
         "vocab_size must be a whole number": {"vocab_size": 0},
+        "layer_types chunked_attention": {"layer_types": ["full_attention", "chunked_attention"]},
+        "num_attention_heads 4 is no multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+        "rope type llama3 needs low_freq_factor, high_freq_factor": {"rope_scaling": LLAMA3},
+        "low_freq_factor 4 is not below high_freq_factor 4": {
+            "rope_scaling": {**LLAMA3, "low_freq_factor": 4, "high_freq_factor": 4}
+        },
+        "rope type llama3 has unknown keys: stretch": {
+            "rope_scaling": {**LLAMA3, "low_freq_factor": 1, "high_freq_factor": 4, "stretch": 2}
+        },
+        # What rope_type says counts, as in the package, and not the older key
+        "rope type linear has unknown keys: beta_fast": {
+            "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2, "beta_fast": 32}
+        },
+        # Rope by the kind of the layer
+        "rope type default has unknown keys: full_attention": {"rope_parameters": {"full_attention": {"factor": 2}}},
     }
     of_tensors = [
         "model.layers.0.extra is not known",
@@ -169,6 +189,29 @@ def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
     for message, culprit in zip(json.loads(done.stdout), [*changes, *of_tensors], strict=True):
         assert message is not None, culprit
         assert culprit in message
+
+
+def test_the_newer_key_of_a_ropes_type_counts(tmp_path):
+    """As in the package: rope_type before type, rope_scaling before rope_parameters if it says anything."""
+    asked = [
+        {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 500.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4}, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"type": "linear", "factor": 2, "attention_factor": None}},
+    ]
+    plain = json.loads((VECTORS / "models/llama/config.json").read_text())
+    script = f"""
+const {{ parse_config, frequencies_of }} = await import("{HERE}/engine.js");
+const configs = {json.dumps([plain | other for other in asked])};
+console.log(JSON.stringify(configs.map(config => frequencies_of(parse_config(config)))));
+"""
+    (tmp_path / "told.mjs").write_text(script)
+    done = node(tmp_path / "told.mjs")
+    assert done.returncode == 0, done.stderr
+    for other, theirs in zip(asked, json.loads(done.stdout), strict=True):
+        config = parse_config(plain | other)
+        ours = rope.inverse_frequencies(config.rope, config.head_dim)
+        torch.testing.assert_close(torch.tensor(theirs, dtype=ours.dtype), ours)
 
 
 # ---- the engine, by recorded runs of duet
@@ -304,6 +347,18 @@ def test_other_mistakes_are_told_in_one_line(tmp_path):
     whole = (model / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:-100])
     assert_refused(node(HERE / "replay.mjs", schedule, tmp_path / "cut", out), "model.safetensors is not whole")
+    header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    broken = {
+        "its header is not JSON": "{",
+        "its header must be an object": "[]",
+        "w is [3], and has 8 bytes": json.dumps({"w": header["w"] | {"shape": [3]}}),
+        "w has no place": json.dumps({"w": header["w"] | {"data_offsets": [8]}}),
+        "w has no shape": json.dumps({"w": {"dtype": "F32"}}),
+    }
+    for culprit, text in broken.items():
+        length = len(text).to_bytes(8, "little")
+        (tmp_path / "cut" / "model.safetensors").write_bytes(length + text.encode() + bytes(8))
+        assert_refused(node(HERE / "replay.mjs", schedule, tmp_path / "cut", out), f"model.safetensors: {culprit}")
     assert not out.exists()
 
 
@@ -338,11 +393,14 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
         "é",
         "🙂",
         "<|end|>",
+        *"\ufeff\x1c\x85\u2003",  # what is white space in one of the two languages, or in both
+        "٣. ",  # a list's number, in other digits
     ]
     pieces += ["Alice", "**Bob [3]:** ", "nothing left", ", so c = 4.\n\n", " = ", " + ", "a? "]
     texts = [
         "".join(rng.choices(pieces, k=rng.randint(0, 9))) + rng.choice(["", "\n\n", " \n \n"]) for _ in range(3000)
     ]
+    texts += ["\ufeffa", "a.\ufeff\n\n", "a.\x85\n\n", "a.\x1c\n\n", "٣. ```\na\n```\n\n"]
     (tmp_path / "tell.mjs").write_text(TELL_WORDS)
     done = node(tmp_path / "tell.mjs", HERE, DUET, text=json.dumps(texts))
     assert done.returncode == 0, done.stderr
@@ -356,14 +414,58 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
     assert 200 < closed < 2000
 
 
+def test_a_tokenizer_that_works_otherwise_is_refused(tmp_path):
+    given = json.loads((DUET / "tokenizer.json").read_text())
+    splits = {"type": "ByteLevel", "add_prefix_space": False}  # where it says nothing of use_regex, that is on
+    asked = [
+        {"pre_tokenizer": splits},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFC"}},
+        {"model": given["model"] | {"continuing_subword_prefix": "##"}},
+        {"model": given["model"] | {"end_of_word_suffix": "_"}},
+        {"model": given["model"] | {"ignore_merges": True}},
+        {"model": given["model"] | {"dropout": 0.1}},
+        {"model": given["model"] | {"vocab": {"a": 0}}},
+        {},
+    ]
+    script = f"""
+const {{ Tokenizer, fill }} = await import("{HERE}/words.js");
+for (const json of {json.dumps([given | other for other in asked])})
+  try {{
+    new Tokenizer(json);
+    console.log(fill("{{constructor}} {{names}} {{toString}}", {{ names: "Alice" }}));
+  }} catch (error) {{
+    console.log(error.message);
+  }}
+"""
+    (tmp_path / "refused.mjs").write_text(script)
+    done = node(tmp_path / "refused.mjs")
+    refused = "tokenizer.json: only byte-level BPE that splits and changes no text is supported here"
+    assert done.stdout.splitlines() == [refused] * 8 + ["{constructor} Alice {toString}"]
+
+
 def test_the_loop_refuses_words_that_it_does_not_know(tmp_path):
     words = json.loads((DUET / "prompts.json").read_text())
-    asked = [{"together": None}, {"roles": ["first"]}, {"may_end": False}, {"boxed": None}, {"names": ["Zoe"]}]
+    asked = [
+        {"together": None},
+        {"roles": ["first"]},
+        {"may_end": False},
+        {"boxed": None},
+        {"names": ["Zoe"]},
+        {"opening": "<think>"},
+        {"tone": "kind"},
+    ]
     script = f"""
 const {{ Run }} = await import("{HERE}/loop.js");
 for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v is not None} for other in asked])})
   try {{
     new Run({{}}, {{}}, words, "", 2);
+  }} catch (error) {{
+    console.log(error.message);
+  }}
+for (const workers of [0, 1.5, 17])
+  try {{
+    new Run({{}}, {{}}, {json.dumps(words)}, "", workers);
   }} catch (error) {{
     console.log(error.message);
   }}
@@ -376,6 +478,9 @@ for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v 
         "prompts.json: may_end false is not supported here, only true",
         "prompts.json: boxed true is not supported here, only false",
         "prompts.json: other names are not supported here",
+        'prompts.json: opening "<think>" is not supported here, only "auto"',
+        "prompts.json: tone is not known here",
+        *(f"workers must be a whole number from 1 to 16, not {workers}" for workers in (0, 1.5, 17)),
     ]
 
 

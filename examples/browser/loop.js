@@ -17,10 +17,15 @@ export const NAMES = [
   ...["Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy"],
 ];
 
-// Of the words that a prompts.json may set: those that it must, and those that this loop knows only one value of
+// Of the words that a prompts.json may set: those that it must, those that this loop knows only one value of, and those
+// that it has no use for
 const NEEDED = ["together", "header_others", "header_own", "prefix", "check"];
-const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0 };
+const ONLY = {
+  ...{ may_end: true, boxed: false, done: "", opening: "auto" },
+  ...{ banned: [], roles: [], unaware: [], head_start: 0 },
+};
 const UNSAID = { ...ONLY, may_end: false, boxed: true }; // what silence means
+const UNUSED = ["alone", "separator", "cue", "finisher_tokens", "problem", "pace"];
 
 export const block_of = name => `text of ${name}`;
 
@@ -35,7 +40,7 @@ class Worker {
     this.token_ids = []; // all of its own: prefixes, and what it sampled
     this.sampled = 0; // how many of them it sampled
     this.active = true;
-    this.reader = null; // bytes to text; a character may take several tokens
+    this.stream = null; // bytes to text; a character may take several tokens
   }
 
   get block() {
@@ -43,14 +48,24 @@ class Worker {
   }
 }
 
+function check_words(words) {
+  for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
+  for (const [name, only] of Object.entries(ONLY)) {
+    const found = JSON.stringify(words[name] ?? UNSAID[name]);
+    const known = JSON.stringify(only);
+    require(found === known, `prompts.json: ${name} ${found} is not supported here, only ${known}`);
+  }
+  require(words.names === undefined, "prompts.json: other names are not supported here");
+  const all = [...NEEDED, ...Object.keys(ONLY), ...UNUSED, "names"];
+  const unknown = Object.keys(words).find(name => !all.includes(name));
+  require(unknown === undefined, `prompts.json: ${unknown} is not known here`);
+}
+
 export class Run {
   constructor(model, tokenizer, words, problem, workers, limits = LIMITS) {
-    for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
-    for (const [name, only] of Object.entries(ONLY)) {
-      const [found, known] = [words[name] ?? UNSAID[name], only].map(value => JSON.stringify(value));
-      require(found === known, `prompts.json: ${name} ${found} is not supported here, only ${known}`);
-    }
-    require(words.names === undefined, "prompts.json: other names are not supported here");
+    check_words(words);
+    const is_count = Number.isInteger(workers) && 1 <= workers && workers <= NAMES.length;
+    require(is_count, `workers must be a whole number from 1 to ${NAMES.length}, not ${workers}`);
     const names = NAMES.slice(0, workers);
     this.model = model;
     this.tokenizer = tokenizer;
@@ -146,7 +161,7 @@ export class Run {
     worker.feeds_sampled = false;
     worker.paragraphs.push("");
     worker.token_ids.push(...prefix);
-    worker.reader = new TextDecoder();
+    worker.stream = new TextDecoder("utf-8", { ignoreBOM: true }); // it stays in the text
     return { do: "begin", worker: worker.name };
   }
 
@@ -156,7 +171,7 @@ export class Run {
     worker.feeds_sampled = true;
     worker.token_ids.push(id);
     worker.sampled += 1;
-    const text = worker.reader.decode(this.tokenizer.bytes_of(id), { stream: true });
+    const text = worker.stream.decode(this.tokenizer.bytes_of(id), { stream: true });
     worker.paragraphs[worker.paragraphs.length - 1] += text;
     return text;
   }
