@@ -94,7 +94,10 @@ function begin() {
 function take_step() {
   const reads = [team, solo].filter(run => run?.is_reading_prompt);
   if (reads.length) {
-    for (const run of reads) run === team ? advance_team() : run.next();
+    for (const run of reads) {
+      if (run === team) advance_team();
+      else run.next();
+    }
     return;
   }
   if (!team.stopped_by) advance_team();
