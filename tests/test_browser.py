@@ -301,7 +301,6 @@ def test_the_recorded_runs_have_all_that_a_kernel_may_get_wrong(duet, tmp_path):
         for _, traits in compare.traits(schedule):
             found.update(traits)
     assert found >= TRAITS
-    assert len(RUNS) == 10
 
 
 # ---- replay.mjs refuses what replay refuses
@@ -607,8 +606,18 @@ def visit(browser, address) -> Iterator[Callable]:
     assert complaints == []
 
 
+def take_steps(page: Page, count: int) -> None:
+    """From the start, by the keyboard. Before the first one the sheet is read, a piece between two drawings."""
+    page.keyboard.press("s")
+    expect(page.locator("#said")).to_contain_text("Step 1:", timeout=60_000)
+    for _ in range(count - 1):
+        page.keyboard.press("s")
+
+
 def press_until(page: Page, done: Callable[[], bool], most: int = 400) -> None:
     """One step after the other."""
+    if page.locator("#team_count").text_content().endswith("· 0 steps"):
+        take_steps(page, 1)
     for _ in range(most):
         if done():
             return
@@ -705,10 +714,9 @@ def test_the_page_shows_what_the_command_prints_and_races_one_worker(visit, work
     expect(page.locator("#read .line", has_text="✓")).to_have_count(lines)
 
 
-def test_it_opens_with_the_models_own_sheet_and_says_what_it_is(visit):
+def test_it_opens_with_the_models_own_sheet_and_pace(visit):
     page = visit()
     assert page.locator("#written").input_value() == WORDS.problem
-    assert page.locator(".lead").text_content().count(".") == 2
     assert page.locator("#speed_said").text_content() == "as fast as it can"
     page.locator("#speed").fill("3")
     expect(page.locator("#speed_said")).to_have_text(f"{WORDS.pace} steps a second")
@@ -833,24 +841,59 @@ def test_the_lines_that_it_knows_are_what_duet_was_taught(visit):
     page = visit()
     rng = random.Random(1)
     sheets = [str(make_sheet(rng, rng.randint(1, 14), first=rng.randint(0, 12))) for _ in range(300)]
-    problems = page.evaluate(
+    problems, of_made = page.evaluate(
         """async sheets => {
           const { read_sheet, make_sheet } = await import("./sheet.js");
           const made = Array.from({ length: 300 }, (_, n) => make_sheet(1 + n % 14));
-          return [sheets, made].map(all => all.filter(sheet => read_sheet(sheet).some(line => line.problem)));
+          const shorts = sheet => read_sheet(sheet).map(line => line.problem?.short ?? null);
+          return [sheets.map(shorts), made.flatMap(shorts)];
         }""",
         sheets,
     )
-    too_large = [sheet for sheet in problems[0] if "e" not in sheet]
-    assert too_large == []
-    assert len(problems[0]) <= 3  # a result above 9999
-    assert problems[1] == []
+    for sheet, found in zip(sheets, problems, strict=True):
+        assert found == ["comes to more than 9999" if value > 9999 else None for value in values_of(sheet)]
+    assert of_made == [None] * sum(1 + n % 14 for n in range(300))
+
+
+def values_of(sheet: str) -> list[int]:
+    values: dict[str, int] = {}
+    for line in sheet.splitlines():
+        name, first, second = re.fullmatch(r"(\w) = (\w+) \+ (\w+)", line).groups()
+        values[name] = sum(values[term] if term in values else int(term) for term in (first, second))
+    return [*values.values()]
+
+
+# Counts how often the page could be drawn while the sheet was being read
+NOTE_STATUSES = """() => {
+  window.drawn_while_reading = 0;
+  const look = () => {
+    const status = document.querySelector(".pane header .dim").textContent;
+    if (status === "reads the sheet") window.drawn_while_reading += 1;
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+def test_steps_after_the_teams_end_are_the_other_ones(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    said = page.locator("#said")
+    press_until(page, lambda: "done after" in said.text_content())
+    steps = int(page.locator("#team_count").text_content().split()[-2])
+    expect(said).to_have_text(f"Alice and Bob: done after {steps} steps. The one alone goes on.")
+    page.keyboard.press("s")
+    expect(said).to_have_text(f"One worker alone: step {steps + 1}.")
+    press_until(page, lambda: page.locator("#go").text_content() == "Again")
+    expect(said).to_contain_text(f"{steps} steps against")
 
 
 def test_steps_pause_editing_and_starting_over(visit):
     page = visit(fresh_sheet(7, 5))
+    page.evaluate(NOTE_STATUSES)
     page.locator("#step").click()  # reads the prompt, and takes the first one
     expect(page.locator("#go")).to_have_text("Go on")
+    expect(page.locator("#said")).to_contain_text("Step 1:")
+    assert page.evaluate("window.drawn_while_reading") >= 2
     expect(page.locator("#team_count")).to_have_text("0 of 5 lines · 1 steps")
     expect(page.locator("#solo_count")).to_have_text("0 of 5 lines · 1 steps")
     expect(page.locator(".pane .text")).to_have_text(["**Alice [1]:** ", "**Bob [1]:** "])
@@ -889,7 +932,7 @@ def test_it_goes_at_the_pace_that_was_asked_for(visit):
     page.locator("#go").click()
     seconds = (page.evaluate("performance.now()") - began) / 1000
     steps = int(page.locator("#said").text_content().split()[2])
-    assert 1 <= steps <= 7 * seconds + 3 + 3  # each time that it goes on, one step is due at once
+    assert 5 <= steps <= 7 * seconds + 3 + 3  # each time that it goes on, one step is due at once
 
 
 def test_who_waits_for_what(visit):
@@ -950,9 +993,16 @@ def test_the_end_of_a_text_is_nothing_to_point_at(visit):
 def test_everything_can_be_done_by_keyboard(visit):
     page = visit("a = 1 + 2\nb = 3 + 4")
     page.locator("#go").focus()
-    page.keyboard.press("s")
-    page.keyboard.press("s")
+    take_steps(page, 2)
     expect(page.locator("#team_count")).to_contain_text("2 steps")
+    page.keyboard.press(" ")  # on the button itself
+    page.keyboard.press("r")  # while it runs, nothing is thrown away
+    expect(page.locator("#go")).to_have_text("Pause")
+    page.keyboard.press(" ")
+    page.keyboard.press("r")
+    expect(page.locator("#go")).to_have_text("Start")
+    page.locator("#speed").fill("0")
+    take_steps(page, 2)
     page.locator(".pane .text").first.focus()
     page.keyboard.press("End")
     expect(page.locator(".pane .t").nth(5)).to_be_focused()
@@ -961,7 +1011,7 @@ def test_everything_can_be_done_by_keyboard(visit):
     expect(page.locator(".pane .t").nth(4)).to_be_focused()
     page.keyboard.press("Enter")
     page.locator("#over").focus()
-    expect(page.locator("#looking")).to_contain_text("Alice wrote this")  # held
+    expect(page.locator("#looking")).to_contain_text("This name was given to Alice")  # held
     page.keyboard.press("Escape")
     expect(page.locator("#looking")).to_contain_text("any token")
     page.locator("#written").evaluate("element => element.ownerDocument.activeElement.blur()")
@@ -969,6 +1019,12 @@ def test_everything_can_be_done_by_keyboard(visit):
     expect(page.locator("#go")).to_have_text("Again", timeout=60_000)
     page.keyboard.press("r")
     expect(page.locator("#go")).to_have_text("Start")
+    page.locator("summary").click()
+    page.locator("#keys").uncheck()
+    for key in ("s", " ", "r"):
+        page.locator("h1").click()
+        page.keyboard.press(key)
+        expect(page.locator("#go")).to_have_text("Start")
     page.locator("#written").focus()
     page.keyboard.press("s")  # here it is a letter
     assert "s" in page.locator("#written").input_value()
@@ -995,8 +1051,7 @@ def test_what_a_token_looks_at_is_what_the_package_computes(visit, duet):
     layer, head = divmod(int(hardest.argmax()), true.shape[1])
 
     page = visit(sheet)
-    for _ in range(steps):
-        page.keyboard.press("s")
+    take_steps(page, steps)
     expect(page.locator("#team_count")).to_contain_text(f"{steps} steps")
     page.locator(".pane").nth(1).locator(".t").last.click()
     expect(page.locator("#keenest_name")).to_contain_text(f"(layer {layer + 1}, head {head + 1})")
@@ -1020,8 +1075,9 @@ def test_on_a_phone(visit):
         assert fits(page)
     page.locator("#written").fill("a = 1 + 2\nb = 3 + 4")
     page.locator("#workers input[value='6']").check()
-    for _ in range(3):
+    for step in (1, 2, 3):
         page.locator("#step").tap()
+        expect(page.locator("#said")).to_contain_text(f"Step {step}:")
     expect(page.locator(".pane")).to_have_count(6)
     assert fits(page)
     page.locator(".pane").first.locator(".t").last.tap()
@@ -1042,20 +1098,24 @@ def fits(page: Page) -> bool:
 
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const paint = (under, colour) => {
+  const paint = (under, colour, opacity = 1) => {
+    canvas.globalAlpha = 1;
     canvas.fillStyle = `rgb(${under.join(" ")})`; canvas.fillRect(0, 0, 1, 1);
+    canvas.globalAlpha = opacity;
     canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
   const light = rgb => { const [r, g, b] = rgb.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b; };
   const found = {};
-  const shown = "h1, h2, p, .by, .dim, button:not(:disabled), .t:not(.prefix):not(.line_end), #notes li, #problems li";
+  const shown = "h1, h2, p, .by, .dim, button:not(:disabled), .t, #notes li, #problems li, .percent, .where, " +
+    "summary, .runner > span, #workers span, #speed_said, label, .snippet, mark";
   for (const element of document.querySelectorAll(shown)) {
     if (!element.offsetParent || !element.textContent.trim()) continue;
     const line = []; for (let e = element; e; e = e.parentElement) line.unshift(e);
     const under = line.reduce((below, e) => paint(below, getComputedStyle(e).backgroundColor), [255, 255, 255]);
-    const over = paint(under, getComputedStyle(element).color);
+    const opacity = line.reduce((product, e) => product * getComputedStyle(e).opacity, 1);
+    const over = paint(under, getComputedStyle(element).color, opacity);
     const [a, b] = [light(under), light(over)];
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     const name = element.tagName + "." + element.className + ": " + element.textContent.slice(0, 20);
@@ -1071,31 +1131,45 @@ def test_it_can_be_read_by_day_and_by_night(visit, scheme):
     assert page.evaluate(CONTRAST) == {}
     page.locator("#written").fill(fresh_sheet(7, 8))
     page.locator("#workers input[value='6']").check()
-    for _ in range(6):
-        page.keyboard.press("s")
+    take_steps(page, 6)
     page.locator(".pane").nth(3).locator(".t").last.hover()
     expect(page.locator("#looking .percent").first).to_be_visible()
+    page.locator("#said").evaluate("element => element.classList.add('bad')")
     assert page.evaluate(CONTRAST) == {}
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) > 380) == (scheme == "light")
 
 
+NOTE_NEWS = """() => {
+  window.news = [];
+  const said = document.querySelector("#said");
+  const note = () => window.news.push([performance.now(), said.textContent]);
+  new MutationObserver(note).observe(said, { childList: true });
+}"""
+
+
 def test_screen_readers_are_told(visit):
     """Everything has a name; what happens is said; but not more often than can be listened to."""
-    page = visit("a = 1 + 2\nb = 3 + 4")
+    page = visit(fresh_sheet(7, 6))
     for control in page.locator("button, input, textarea").all():
         name = control.evaluate("e => e.ariaLabel || e.labels?.[0]?.textContent.trim() || e.textContent.trim()")
         assert name, control.evaluate("e => e.outerHTML")
     assert page.locator("#said").get_attribute("role") == "status"
-    expect(page.locator("#problems")).to_have_attribute("aria-live", "polite")
+    assert page.locator("#problems").get_attribute("aria-live") is None  # #said has their words
     expect(page.get_by_role("group", name="Workers")).to_be_visible()
     expect(page.get_by_role("slider", name="Speed")).to_have_attribute("aria-valuetext", "as fast as it can")
     expect(page.get_by_role("region", name="The sheet")).to_be_visible()
     expect(page.get_by_role("complementary", name="What a token looks at")).to_be_visible()
-    page.evaluate("""() => { window.news = [];
-      new MutationObserver(() => window.news.push([performance.now(), document.querySelector("#said").textContent]))
-        .observe(document.querySelector("#said"), { childList: true }); }""")
-    page.locator("#speed").fill("4")
+    page.evaluate(NOTE_NEWS)
+    page.locator("#written").press("End")
+    page.locator("#written").press_sequentially(" + 7", delay=30)
+    expect(page.locator("#said")).to_contain_text("A line is a letter, =, and two things added")
+    assert len(page.evaluate("window.news")) == 1  # not one for each key
+    for _ in " + 7":
+        page.locator("#written").press("Backspace")
+    expect(page.locator("#said")).to_contain_text("Ready")
+    page.evaluate("window.news = []")
+    page.locator("#speed").fill("2")
     page.locator("#go").click()
     expect(page.locator("#looking")).to_have_attribute("aria-live", "off")
     expect(page.locator("#go")).to_have_text("Again", timeout=120_000)
@@ -1104,7 +1178,8 @@ def test_screen_readers_are_told(visit):
     assert news[0][1] == "Alice and Bob begin."
     assert "against" in news[-1][1]
     between = [later[0] - earlier[0] for earlier, later in itertools.pairwise(news[1:-2])]
-    assert min(between, default=2500) >= 2400
+    assert len(between) >= 2
+    assert min(between) >= 2400
 
 
 @slow
@@ -1195,11 +1270,8 @@ def test_a_step_that_fails_is_told_and_one_can_begin_again(visit):
         page.locator("#over").click()
 
 
-def test_without_a_server_or_without_the_model_it_says_what_is_missing(browser):
+def test_without_the_model_it_says_what_is_missing(browser):
     page = browser.new_page()
-    page.goto((HERE / "index.html").as_uri())
-    expect(page.locator("#said")).to_contain_text("It comes from a server")
-    expect(page.locator("#go")).to_be_disabled()
     server = serve(HERE)
     page.goto(f"http://127.0.0.1:{server.server_port}/")
     expect(page.locator("#said")).to_contain_text("is not there: in the repository's folder, python -m http.server")

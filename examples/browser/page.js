@@ -11,6 +11,7 @@ const PACES = [1, 3, 7, 15, 30, 60, FASTEST];
 const PIECE = 16; // tokens of the prompt in one pass: short enough that the page can be drawn between two of them
 const MOST_DUE = 10; // steps that may wait, on a machine that is slower than the pace
 const FRAME = 40; // milliseconds that steps may take between two drawings
+const QUIET = 500; // milliseconds after the last key, before it is said what is not understood
 const BETWEEN_NEWS = 2500; // milliseconds: a screen reader needs time to say one thing before the next
 const MOST_LISTED = 6; // tokens that one looks at; all that it looks at with some weight are coloured
 const [LEAST_LISTED, LEAST_COLOURED] = [0.005, 0.01]; // of a look's weight; all weights of a look are 1 together
@@ -77,6 +78,7 @@ const current_text = name =>
     .join("");
 
 function begin() {
+  clearTimeout(news_of_sheet);
   sheet = read_sheet($("written").value);
   const problem = sheet.map(line => line.text).join("\n");
   team = new Run(model, tokenizer, words, problem, chosen_workers());
@@ -229,7 +231,7 @@ function status_of(worker) {
 /** The line that a paragraph works out: “a? b = 254 + …” is at b. */
 const line_in = text => text.match(/(?:^|\? )(\w) = /)?.[1] ?? null;
 
-/** Whose result a paragraph waits for that ends with “…”: the first term's, unless that has been written already. */
+/** Whose result a paragraph waits for that ends with “…”: the first term's, unless that has been written. */
 function awaited_in(text) {
   const [, first, second, so_far] = text.match(/\w = (\w) \+ (\w) = (.*)$/) ?? [];
   return so_far?.includes(" + ") ? second : first;
@@ -386,7 +388,8 @@ function share_of_steps() {
   const team_short = falls_short(team, solved, in_words(names()));
   const solo_short = falls_short(solo, solo_solved, "One worker alone");
   if (team_short || solo_short) return `This is no fair race: ${[team_short, solo_short].filter(Boolean).join("; ")}.`;
-  return `${(team.forward_steps / solo.forward_steps).toFixed(2)} of the steps that one worker alone takes (${OF_A_STEP}).`;
+  const share = (team.forward_steps / solo.forward_steps).toFixed(2);
+  return `${share} of the steps that one worker alone takes (${OF_A_STEP}).`;
 }
 
 /** Why a run's steps can't be compared with those of another; null: they can. */
@@ -446,7 +449,7 @@ function draw_looks() {
   }
   const { average, keenest, place } = chosen.looks;
   const heads = model.config.num_hidden_layers * model.config.num_attention_heads;
-  const which = `the one of ${heads} heads that looks hardest at another's token`;
+  const which = `of its ${heads} ways to look (heads), the one that looks hardest at another's token`;
   if (place) $("keenest_name").textContent = `${which} (layer ${place.layer}, head ${place.head})`;
   const looks = keenest && chosen_heads() === "keenest" ? keenest : average;
   for (const { token, weight } of looks) {
@@ -488,7 +491,7 @@ function snippet(token) {
 }
 
 function place_of(token) {
-  if (token.by === null) return token.block === COMMON ? "the sheet" : "a heading that each worker has in its view";
+  if (token.by === null) return token.block === COMMON ? "the sheet" : "a heading between the texts";
   const is_finished = blocks.get(COMMON).includes(token);
   if (token.by === chosen.by) return is_finished ? "its own, finished" : "its own line";
   return is_finished ? `${token.by}, finished` : `${token.by}, being written`;
@@ -594,29 +597,53 @@ function go() {
   set_state("running");
 }
 
-/** One step; the prompt, if it has not been read, before it. */
 function go_one_step() {
   if ($("step").disabled) return;
-  if (team === null) begin();
-  if (state !== "paused") set_state("paused");
-  while (is_reading()) take_step();
-  take_step();
-  draw_step();
-  if (state === "paused") {
-    const doings = team.workers.map(worker => `${worker.name} ${status_of(worker).words}`);
-    tell(`Step ${team.forward_steps}: ${doings.join("; ")}.`);
+  if (team === null) {
+    begin();
+    tell(`${in_words(names())} ${team.workers.length > 1 ? "read" : "reads"} the sheet.`);
   }
+  if (state !== "paused") set_state("paused");
+  step_when_read();
 }
 
-/** Back to the sheet. Without a model nothing can begin: then what was said of that stays. */
-function start_over() {
+/** One step. Before the first one the prompt is read, a piece between two drawings: it takes a second or so. */
+function step_when_read() {
+  if (state !== "paused") return;
+  cancelAnimationFrame(next_frame);
+  const has_read = !is_reading();
+  take_step();
+  draw_step();
+  if (!has_read) next_frame = requestAnimationFrame(() => attempt(step_when_read));
+  else if (state === "paused") tell_of_step();
+}
+
+function tell_of_step() {
+  if (!team.stopped_by) {
+    const doings = team.workers.map(worker => `${worker.name} ${status_of(worker).words}`);
+    tell(`Step ${team.forward_steps}: ${doings.join("; ")}.`);
+  } else if (end_is_told) tell(`One worker alone: step ${solo.forward_steps}.`);
+  else tell_of_end();
+}
+
+/**
+ * Back to the sheet, of which something is said after so many milliseconds of quiet. Without a model nothing can begin:
+ * then what was said of that stays.
+ */
+function start_over(quiet = 0) {
   team = solo = null;
   solved = [];
   solo_solved = [];
   set_state(model ? "editing" : "loading");
   if (model) check_sheet();
   draw_empty("has not begun");
+  clearTimeout(news_of_sheet);
+  if (!model) return;
+  if (quiet > 0) news_of_sheet = setTimeout(tell_of_sheet, quiet);
+  else tell_of_sheet();
 }
+
+let news_of_sheet = null; // a timer, while somebody types
 
 /** Say beside each line what duet does not understand, before it runs. */
 function check_sheet() {
@@ -630,12 +657,18 @@ function check_sheet() {
   $("problems").replaceChildren(...problems.map(problem => make("li", {}, problem)));
   $("written").ariaInvalid = problems.length > 0;
   set_state(state);
+}
+
+/** The same in the one place that a screen reader reads aloud; the words that stand below the sheet are only heard. */
+function tell_of_sheet() {
+  const problems = [...$("problems").children].map(item => item.textContent);
+  if (problems.length === 0) {
+    tell("Ready: press Start, or change the sheet first.");
+    return;
+  }
   const not_understood = problems.length === 1 ? "One line is" : `${problems.length} lines are`;
-  tell(
-    problems.length
-      ? `${not_understood} not understood yet: see beside the sheet.`
-      : "Ready: press Start, or change the sheet first.",
-  );
+  tell(`${not_understood} not understood yet: see beside the sheet.`);
+  $("said").append(make("span", { className: "unseen" }, ` ${problems.join(" ")}`));
 }
 
 function change_pace() {
@@ -661,7 +694,7 @@ function go_to_neighbour(target, key) {
 function listen() {
   $("go").onclick = () => attempt(go);
   $("step").onclick = () => attempt(go_one_step);
-  $("over").onclick = start_over;
+  $("over").onclick = () => start_over();
   $("edit").onclick = () => {
     start_over();
     $("written").focus();
@@ -671,7 +704,7 @@ function listen() {
     start_over();
     tell("Another sheet, of random sums: press Start.");
   };
-  $("written").oninput = start_over;
+  $("written").oninput = () => start_over(QUIET);
   $("speed").oninput = change_pace;
   $("heads").onchange = draw_looks;
   $("let_go").onclick = let_go;
@@ -709,9 +742,10 @@ function listen() {
     if (in_text && ["ArrowLeft", "ArrowRight", "Home", "End"].includes(key)) go_to_neighbour(target, key);
     else if (key === "Enter" && token_at(event)) hold(token_at(event));
     else if (key === "Escape") let_go();
+    else if (!$("keys").checked) return;
     else if (key === " " && !target.matches("button, input, summary")) attempt(go);
     else if (key === "s" || key === "S") attempt(go_one_step);
-    else if ((key === "r" || key === "R") && team) start_over();
+    else if ((key === "r" || key === "R") && (state === "paused" || state === "over")) start_over();
     else return;
     event.preventDefault();
   });
