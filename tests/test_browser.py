@@ -773,6 +773,22 @@ def test_a_wrong_sum_is_no_end_of_the_race(visit):
     expect(page.locator("#said")).to_contain_text("All 2 sums are right.")
 
 
+def test_a_line_that_is_done_twice_counts_once(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate("""async () => {
+      const { Run } = await import("./loop.js");
+      const { take } = Run.prototype;
+      Run.prototype.take = function (worker, id) { // for the one alone each line is called a
+        const [a, b] = this.tokenizer.encode("ab");
+        return take.call(this, worker, this.workers.length === 1 && id === b ? a : id);
+      };
+    }""")
+    page.evaluate(STOP_EARLY, [1, 60, "steps"])
+    run_to_the_end(page)
+    expect(page.locator("#solo_count")).to_have_text("1 of 2 lines · 60 steps")
+    expect(page.locator("#solo_bar .alone")).to_have_count(1)
+
+
 NOT_UNDERSTOOD = {
     "hello": (0, "not “c = 30 + 45”", "a letter, ="),
     "a = 1 + 2\nb = 3 + 4 + 5": (1, "not “c = 30 + 45”", "two things added"),
