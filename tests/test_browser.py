@@ -1250,7 +1250,14 @@ def test_before_the_model_is_there_nothing_begins(browser, address):
     page.reload()
     page.wait_for_timeout(200)
     change_what_can_be_changed()
-    requests[1].continue_()
+    requests[1].abort()
+    expect(page.locator("#said")).to_contain_text("Something went wrong: ")  # the browser's own words follow
+    expect(page.locator("#go")).to_be_disabled()
+
+    page.reload()
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    requests[2].continue_()
     expect(page.locator("#go")).to_be_enabled()
     assert page.locator("#written").input_value() == "a = 1 + 2"
     expect(page.locator(".pane")).to_have_count(3)

@@ -470,7 +470,7 @@ function draw_looks() {
   $("looking").replaceChildren(itself, intro, make("ol", {}, ...listed));
 }
 
-/** Where a token comes from, and what it looked for: after a name, and after a line, there is nothing to choose. */
+/** Where a token comes from, and what it looked for: within a name, and after a line, there is nothing to choose. */
 function said_of(token, writer) {
   const origin = token.is_prefix ? ["This name was given to ", writer] : [writer, " wrote this"];
   return [...origin, token.chooses ? ". To choose what comes next, it looked at:" : ". As it was read, it looked at:"];
@@ -542,7 +542,7 @@ function fail(error) {
   if (!model) set_state("loading");
   else set_state(team ? "over" : "editing");
   waiting_news = [];
-  $("said").textContent = error.message;
+  $("said").textContent = error instanceof InputError ? error.message : `Something went wrong: ${error.message}`;
   $("said").classList.add("bad");
 }
 
