@@ -1007,7 +1007,7 @@ def test_the_end_of_a_text_is_nothing_to_point_at(visit):
 
 
 def test_everything_can_be_done_by_keyboard(visit):
-    page = visit("a = 1 + 2\nb = 3 + 4")
+    page = visit("a = 1 + 2\nb = 3 + 4", speed=0)
     page.locator("#go").focus()
     take_steps(page, 2)
     expect(page.locator("#team_count")).to_contain_text("2 steps")
@@ -1017,7 +1017,6 @@ def test_everything_can_be_done_by_keyboard(visit):
     page.keyboard.press(" ")
     page.keyboard.press("r")
     expect(page.locator("#go")).to_have_text("Start")
-    page.locator("#speed").fill("0")
     take_steps(page, 2)
     page.locator(".pane .text").first.focus()
     page.keyboard.press("End")
@@ -1030,6 +1029,7 @@ def test_everything_can_be_done_by_keyboard(visit):
     expect(page.locator("#looking")).to_contain_text("This name was given to Alice")  # held
     page.keyboard.press("Escape")
     expect(page.locator("#looking")).to_contain_text("any token")
+    page.locator("#speed").fill("6")
     page.locator("#written").evaluate("element => element.ownerDocument.activeElement.blur()")
     page.keyboard.press(" ")
     expect(page.locator("#go")).to_have_text("Again", timeout=60_000)
