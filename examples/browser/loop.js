@@ -10,16 +10,22 @@ import { fill, paragraph_closed } from "./words.js";
 export const COMMON = "common";
 const HEADER_OTHERS = "header others";
 const HEADER_OWN = "header own";
-const CHECK_AFTER = 1024; // tokens sampled by all workers between two questions whether work is done twice
+// `check_after`: tokens sampled by all workers between two questions whether work is done twice
+const LIMITS = { max_steps: 1024, check_after: 1024 };
 export const NAMES = [
   ...["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi"],
   ...["Ivan", "Judy", "Kim", "Leo", "Mallory", "Nina", "Oscar", "Peggy"],
 ];
 
-// Of the words that a prompts.json may set: those that it must, and those that this loop knows only one value of
+// Of the words that a prompts.json may set: those that it must, those that this loop knows only one value of, and those
+// that it has no use for
 const NEEDED = ["together", "header_others", "header_own", "prefix", "check"];
-const ONLY = { may_end: true, boxed: false, done: "", banned: [], roles: [], unaware: [], head_start: 0 };
+const ONLY = {
+  ...{ may_end: true, boxed: false, done: "", opening: "auto" },
+  ...{ banned: [], roles: [], unaware: [], head_start: 0 },
+};
 const UNSAID = { ...ONLY, may_end: false, boxed: true }; // what silence means
+const UNUSED = ["alone", "separator", "cue", "finisher_tokens", "problem", "pace"];
 
 export const block_of = name => `text of ${name}`;
 
@@ -34,7 +40,7 @@ class Worker {
     this.token_ids = []; // all of its own: prefixes, and what it sampled
     this.sampled = 0; // how many of them it sampled
     this.active = true;
-    this.reader = null; // bytes to text; a character may take several tokens
+    this.stream = null; // bytes to text; a character may take several tokens
   }
 
   get block() {
@@ -42,19 +48,29 @@ class Worker {
   }
 }
 
+function check_words(words) {
+  for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
+  for (const [name, only] of Object.entries(ONLY)) {
+    const found = JSON.stringify(words[name] ?? UNSAID[name]);
+    const known = JSON.stringify(only);
+    require(found === known, `prompts.json: ${name} ${found} is not supported here, only ${known}`);
+  }
+  require(words.names === undefined, "prompts.json: other names are not supported here");
+  const all = [...NEEDED, ...Object.keys(ONLY), ...UNUSED, "names"];
+  const unknown = Object.keys(words).find(name => !all.includes(name));
+  require(unknown === undefined, `prompts.json: ${unknown} is not known here`);
+}
+
 export class Run {
-  constructor(model, tokenizer, words, problem, workers, max_steps = 1024) {
-    for (const name of NEEDED) require(typeof words[name] === "string", `prompts.json must have ${name}, a text`);
-    for (const [name, only] of Object.entries(ONLY)) {
-      const [found, known] = [words[name] ?? UNSAID[name], only].map(value => JSON.stringify(value));
-      require(found === known, `prompts.json: ${name} ${found} is not supported here, only ${known}`);
-    }
-    require(words.names === undefined, "prompts.json: other names are not supported here");
+  constructor(model, tokenizer, words, problem, workers, limits = LIMITS) {
+    check_words(words);
+    const is_count = Number.isInteger(workers) && 1 <= workers && workers <= NAMES.length;
+    require(is_count, `workers must be a whole number from 1 to ${NAMES.length}, not ${workers}`);
     const names = NAMES.slice(0, workers);
     this.model = model;
     this.tokenizer = tokenizer;
     this.words = words;
-    this.max_steps = max_steps;
+    this.limits = limits;
     this.workers = names.map(name => new Worker(name, names));
     this.cache = new Cache(model.config, [COMMON, HEADER_OTHERS, HEADER_OWN, ...names.map(block_of)]);
     this.forward_steps = 0; // without the prompt's
@@ -137,7 +153,7 @@ export class Run {
   begin_paragraph(worker) {
     const number = worker.paragraphs.length + 1;
     let prefix = this.tokenizer.encode(fill(this.words.prefix, { name: worker.name, number }));
-    if (this.sampled_since_check >= CHECK_AFTER && this.workers.length > 1) {
+    if (this.sampled_since_check >= this.limits.check_after && this.workers.length > 1) {
       this.sampled_since_check = 0;
       prefix = prefix.concat(this.tokenizer.encode(this.words.check));
     }
@@ -145,7 +161,7 @@ export class Run {
     worker.feeds_sampled = false;
     worker.paragraphs.push("");
     worker.token_ids.push(...prefix);
-    worker.reader = new TextDecoder();
+    worker.stream = new TextDecoder("utf-8", { ignoreBOM: true }); // it stays in the text
     return { do: "begin", worker: worker.name };
   }
 
@@ -155,7 +171,7 @@ export class Run {
     worker.feeds_sampled = true;
     worker.token_ids.push(id);
     worker.sampled += 1;
-    const text = worker.reader.decode(this.tokenizer.bytes_of(id), { stream: true });
+    const text = worker.stream.decode(this.tokenizer.bytes_of(id), { stream: true });
     worker.paragraphs[worker.paragraphs.length - 1] += text;
     return text;
   }
@@ -164,7 +180,7 @@ export class Run {
   reason_to_stop() {
     const writing = this.workers.filter(worker => worker.active);
     if (writing.length === 0) return "retired";
-    if (this.forward_steps >= this.max_steps) return "steps";
+    if (this.forward_steps >= this.limits.max_steps) return "steps";
     const fed = new Map(writing.map(worker => [worker.block, worker.to_feed.length]));
     const length_after = block => this.cache.length(block) + (fed.get(block) ?? 0);
     const length_of = view => view.reduce((sum, block) => sum + length_after(block), 0);

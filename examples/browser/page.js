@@ -11,8 +11,10 @@ const PACES = [1, 3, 7, 15, 30, 60, FASTEST];
 const PIECE = 16; // tokens of the prompt in one pass: short enough that the page can be drawn between two of them
 const MOST_DUE = 10; // steps that may wait, on a machine that is slower than the pace
 const FRAME = 40; // milliseconds that steps may take between two drawings
+const QUIET = 500; // milliseconds after the last key, before it is said what is not understood
 const BETWEEN_NEWS = 2500; // milliseconds: a screen reader needs time to say one thing before the next
-const MOST_LISTED = 6;
+const MOST_LISTED = 6; // tokens that one looks at; all that it looks at with some weight are coloured
+const [LEAST_LISTED, LEAST_COLOURED] = [0.005, 0.01]; // of a look's weight; all weights of a look are 1 together
 
 const $ = id => document.getElementById(id);
 
@@ -58,9 +60,9 @@ let sheet = []; // its lines, as read_sheet gives them
 let team = null; // the Run that is shown; null: the sheet can still be changed
 let solo = null; // the one worker beside it
 let state = "loading"; // editing, running, paused, over
-let blocks = new Map(); // of the team, by name: tokens {text, by, block, is_prefix, span, looks}
+let blocks = new Map(); // of the team, by name: tokens, as note_step makes them
 let solved = []; // by line: {by, value} once it is worked out
-let solo_solved = 0;
+let solo_solved = []; // the same, of the one alone
 let end_is_told = false;
 
 const chosen_workers = () => Number(document.querySelector("#workers input:checked").value);
@@ -76,6 +78,7 @@ const current_text = name =>
     .join("");
 
 function begin() {
+  clearTimeout(news_of_sheet);
   sheet = read_sheet($("written").value);
   const problem = sheet.map(line => line.text).join("\n");
   team = new Run(model, tokenizer, words, problem, chosen_workers());
@@ -84,7 +87,7 @@ function begin() {
   solo?.read_prompt_in_pieces(PIECE);
   blocks = new Map([...team.cache.blocks.keys()].map(name => [name, []]));
   solved = sheet.map(() => null);
-  solo_solved = 0;
+  solo_solved = sheet.map(() => null);
   end_is_told = false;
   draw_empty("reads the sheet");
 }
@@ -93,7 +96,10 @@ function begin() {
 function take_step() {
   const reads = [team, solo].filter(run => run?.is_reading_prompt);
   if (reads.length) {
-    for (const run of reads) run === team ? advance_team() : run.next();
+    for (const run of reads) {
+      if (run === team) advance_team();
+      else run.next();
+    }
     return;
   }
   if (!team.stopped_by) advance_team();
@@ -120,23 +126,32 @@ function note_step({ views, tokens }, weights) {
   views.forEach((view, row) => {
     const block = view.at(-1);
     const worker = team.workers.find(worker => worker.block === block);
-    for (const id of tokens[row]) {
-      const text = tokenizer.decode([id]);
-      const is_prefix = worker !== undefined && tokens[row].length > 1;
-      const token = { text, by: worker?.name ?? null, block, is_prefix, looks: null };
+    tokens[row].forEach((id, n) => {
+      const token = {
+        text: tokenizer.decode([id]),
+        by: worker?.name ?? null,
+        block, // where it was written
+        is_prefix: worker !== undefined && tokens[row].length > 1,
+        chooses: n === tokens[row].length - 1, // what comes next, after the last token of those that are fed
+        looks: null, // what it looked at, as looks_of tells it
+        span: null, // what is drawn of it
+      };
       blocks.get(block).push(token);
       fed.push(token);
       show_token(token, tokens[row].length === 1);
-    }
+    });
   });
   weights.forEach((seen, t) => {
     fed[t].looks = looks_of(fed[t], seen);
   });
 }
 
-/** The tokens that a token saw; how much it looked at each, on average, and by the head that is keenest on others. */
+/**
+ * What a token looked at: [{token, weight}], the strongest first, on average over all heads, and by the head that is
+ * keenest on others.
+ */
 function looks_of(token, { visible, columns, rows }) {
-  const tokens = columns.flatMap((name, b) => blocks.get(name).slice(0, visible[b]));
+  const tokens = columns.flatMap((name, b) => blocks.get(name).slice(0, visible[b])); // all that it saw
   const average = new Float32Array(tokens.length);
   let keenest = null; // of all heads, the one that looks hardest at a single token of another worker's
   let hardest = 0;
@@ -146,10 +161,16 @@ function looks_of(token, { visible, columns, rows }) {
       const is_anothers = tokens[n].by !== null && tokens[n].by !== token.by;
       if (is_anothers && weight > hardest) [keenest, hardest] = [number, weight];
     });
-  if (keenest === null) return { tokens, average, keenest };
+  if (keenest === null) return { average: strongest(tokens, average), keenest };
   const heads = model.config.num_attention_heads;
   const place = { layer: Math.floor(keenest / heads) + 1, head: (keenest % heads) + 1 };
-  return { tokens, average, keenest: rows[keenest], place };
+  return { average: strongest(tokens, average), keenest: strongest(tokens, rows[keenest]), place };
+}
+
+/** Only those that can be seen are kept: else each token of a long run would keep a number for every other. */
+function strongest(tokens, weights) {
+  const looks = tokens.map((token, n) => ({ token, weight: weights[n] }));
+  return looks.filter(({ weight }) => weight >= LEAST_LISTED).sort((a, b) => b.weight - a.weight);
 }
 
 function note_move({ from, to, worker }) {
@@ -157,13 +178,19 @@ function note_move({ from, to, worker }) {
   const text = moved.map(token => token.text).join("");
   blocks.get(to).push(...moved);
   blocks.set(from, []);
+  moved.at(-1).chooses = false; // the line was finished: nothing came next
   show_finished(worker, moved);
+  const line = note_result(text, worker, solved);
+  if (line) tell(`${worker} has finished ${line.name} = ${line.value}.`);
+}
+
+/** Note the result of a finished paragraph, if it has one and the sheet has such a line; the first of a line counts. */
+function note_result(text, by, noted) {
   const line = result_in(text);
   const number = sheet.findIndex(({ name }) => name === line?.name);
-  if (number >= 0) {
-    solved[number] ??= { by: worker, value: line.value };
-    tell(`${worker} has finished ${line.name} = ${line.value}.`);
-  }
+  if (number < 0) return null;
+  noted[number] ??= { by, value: line.value };
+  return line;
 }
 
 /** The result that a paragraph ends with: “…, so c = 259.” */
@@ -176,7 +203,7 @@ function advance_solo() {
   const [worker] = solo.workers;
   const paragraph = worker.paragraphs.at(-1);
   const events = solo.next();
-  if (events.some(event => event.do === "move") && result_in(paragraph)) solo_solved += 1;
+  if (events.some(event => event.do === "move")) note_result(paragraph, worker.name, solo_solved);
 }
 
 // ---- who does what, read from what they have written
@@ -185,7 +212,7 @@ function status_of(worker) {
   if (!worker.active) return { words: "has nothing left to do" };
   const text = current_text(worker.name);
   if (text === "") return { words: "chooses a line" };
-  if (text.startsWith("nothing")) return { words: "sees that nothing is left" };
+  if (/(?:^|\? )nothing/.test(text)) return { words: "sees that nothing is left" };
   const yielded = text.match(/(\w)\? $/)?.[1];
   if (yielded)
     return { words: `gives way: ${yielded} is ${someone_at(yielded, worker) ?? "somebody"}'s`, kind: "yields" };
@@ -204,7 +231,7 @@ function status_of(worker) {
 /** The line that a paragraph works out: “a? b = 254 + …” is at b. */
 const line_in = text => text.match(/(?:^|\? )(\w) = /)?.[1] ?? null;
 
-/** Whose result a paragraph waits for that ends with “…”: the first term's, unless that has been written already. */
+/** Whose result a paragraph waits for that ends with “…”: the first term's, unless that has been written. */
 function awaited_in(text) {
   const [, first, second, so_far] = text.match(/\w = (\w) \+ (\w) = (.*)$/) ?? [];
   return so_far?.includes(" + ") ? second : first;
@@ -220,11 +247,12 @@ function show_token(token, is_new) {
   const author = token.by === null ? "" : ` ${colour_of(token.by)}`;
   const prefix = token.is_prefix ? " prefix" : "";
   const line_end = token.text === "\n" ? " line_end" : "";
-  token.span = make(
-    "span",
-    { className: `t${author}${prefix}${line_end}${looks_new}`, tabIndex: -1 },
-    visible(token.text),
-  );
+  if (token.text === "") {
+    token.span = make("span"); // the end of a worker's text: nothing that one could see, or point at
+    return;
+  }
+  const className = `t${author}${prefix}${line_end}${looks_new}`;
+  token.span = make("span", { className, tabIndex: -1 }, visible(token.text));
   token.span.token = token;
   if (token.by !== null) pane_of(token.by).querySelector(".text").append(token.span);
   else if (token.block === COMMON) show_in_sheet(token);
@@ -244,8 +272,10 @@ function add_line_to_sheet() {
 }
 
 function show_finished(worker, tokens) {
+  const focused = tokens.find(token => token.span === document.activeElement);
   $("finished").append(make("li", { className: colour_of(worker) }, ...tokens.map(token => token.span)));
-  $("finished").scrollTop = $("finished").scrollHeight;
+  focused?.span.focus({ preventScroll: true }); // what is put elsewhere loses the keyboard's focus
+  $("history_text").scrollTop = $("history_text").scrollHeight;
 }
 
 /** The places for all that follows, still empty: also before the start, so one sees what will be there. */
@@ -310,12 +340,13 @@ function draw_sheet_notes() {
   });
 }
 
-const count_solved = () => solved.filter(Boolean).length;
+const count = lines => lines.filter(Boolean).length;
+const count_right = lines => lines.filter((line, n) => line?.value === sheet[n].value).length;
 
 function draw_race() {
-  const count = (done, run) => `${done} of ${sheet.length} lines · ${run?.forward_steps ?? 0} steps`;
-  $("team_count").textContent = count(count_solved(), team);
-  $("solo_count").textContent = count(solo_solved, solo);
+  const so_far = (lines, run) => `${count(lines)} of ${sheet.length} lines · ${run?.forward_steps ?? 0} steps`;
+  $("team_count").textContent = so_far(solved, team);
+  $("solo_count").textContent = so_far(solo_solved, solo);
   const by = solved
     .filter(Boolean)
     .map(line => colour_of(line.by))
@@ -324,7 +355,7 @@ function draw_race() {
     part.className = by[n] ?? "";
   });
   [...$("solo_bar").children].forEach((part, n) => {
-    part.className = n < solo_solved ? "alone" : "";
+    part.className = n < count(solo_solved) ? "alone" : "";
   });
   $("solo_text").textContent = solo?.workers[0].paragraphs.at(-1)?.trimEnd() || " ";
 }
@@ -332,21 +363,41 @@ function draw_race() {
 /** The last word: “138 steps against 415”. */
 function end() {
   set_state("over");
-  const right = solved.filter((line, n) => line?.value === sheet[n].value).length;
-  const sums =
-    right === sheet.length ? `All ${right} sums are right.` : `${right} of ${sheet.length} sums are right.`;
-  const why = {
-    steps: " It was stopped: that many steps are enough.",
-    context: " It was stopped: the model's memory is full.",
-  };
-  const stopped = why[team.stopped_by] ?? "";
+  const all = sheet.length;
+  const right = count_right(solved);
+  const sums = right === all ? `All ${right} sums are right.` : `${right} of ${all} sums are right.`;
+  const stopped = STOPPED[team.stopped_by] ? ` ${in_words(names())} ${STOPPED[team.stopped_by]}.` : "";
   let verdict = `${team.forward_steps} steps`;
   if (solo) {
     verdict += ` against ${solo.forward_steps}`;
-    const share = (team.forward_steps / solo.forward_steps).toFixed(2);
-    $("verdict").replaceChildren(verdict, make("small", {}, ` ${share} of the steps that one worker alone takes.`));
+    $("verdict").replaceChildren(verdict, make("small", {}, ` ${share_of_steps()}`));
   }
   tell(`${verdict}. ${sums}${stopped}`, true);
+}
+
+const OF_A_STEP = "a step of more workers takes longer here; on a GPU hardly";
+
+// What became of workers who did not end by themselves
+const STOPPED = {
+  steps: "came to the most steps that this page allows",
+  context: "had no room left: the model reads only so many tokens",
+};
+
+/** Of the race. Who has not done all of the sheet, and done it rightly, has not come to the finish. */
+function share_of_steps() {
+  const team_short = falls_short(team, solved, in_words(names()));
+  const solo_short = falls_short(solo, solo_solved, "One worker alone");
+  if (team_short || solo_short) return `This is no fair race: ${[team_short, solo_short].filter(Boolean).join("; ")}.`;
+  const share = (team.forward_steps / solo.forward_steps).toFixed(2);
+  return `${share} of the steps that one worker alone takes (${OF_A_STEP}).`;
+}
+
+/** Why a run's steps can't be compared with those of another; null: they can. */
+function falls_short(run, lines, who) {
+  const [all, done, right] = [sheet.length, count(lines), count_right(lines)];
+  if (STOPPED[run.stopped_by]) return `${who} ${STOPPED[run.stopped_by]}`;
+  if (done < all) return `${who} left out ${all - done} of ${all} sums`;
+  return right < all ? `${who} got ${all - right} of ${all} sums wrong` : null;
 }
 
 // ---- what a token looks at
@@ -396,31 +447,33 @@ function draw_looks() {
     $("looking").replaceChildren(make("p", { className: "dim small" }, words));
     return;
   }
-  const { tokens, average, keenest, place } = chosen.looks;
+  const { average, keenest, place } = chosen.looks;
   const heads = model.config.num_hidden_layers * model.config.num_attention_heads;
-  const which = `the one of ${heads} heads that looks hardest at another's token`;
+  const which = `of its ${heads} ways to look (heads), the one that looks hardest at another's token`;
   if (place) $("keenest_name").textContent = `${which} (layer ${place.layer}, head ${place.head})`;
-  const weights = keenest && chosen_heads() === "keenest" ? keenest : average;
-  const order = [...tokens.keys()].sort((a, b) => weights[b] - weights[a]);
-  for (const n of order) {
-    if (weights[n] < 0.01) break;
-    tokens[n].span.classList.add("hot");
-    tokens[n].span.style.setProperty("--h", `calc(var(--most) * ${Math.sqrt(weights[n]).toFixed(3)})`);
+  const looks = keenest && chosen_heads() === "keenest" ? keenest : average;
+  for (const { token, weight } of looks) {
+    if (weight < LEAST_COLOURED) break;
+    token.span.classList.add("hot");
+    token.span.style.setProperty("--h", `calc(var(--most) * ${Math.sqrt(weight).toFixed(3)})`);
   }
   const writer = make("span", { className: `by ${colour_of(chosen.by)}` }, chosen.by);
   const itself = make("p", { className: `snippet self ${colour_of(chosen.by)}` }, ...snippet(chosen));
-  const intro = make("p", { className: "small" }, writer, " wrote this, and to choose what comes next, looked at:");
-  const listed = order
-    .slice(0, MOST_LISTED)
-    .filter(n => weights[n] >= 0.005)
-    .map(n => {
-      const meter = make("div", { className: "meter" });
-      meter.style.width = `${100 * weights[n]}%`;
-      const share = make("span", { className: "percent" }, percent(weights[n]));
-      const where = make("span", { className: "where" }, place_of(tokens[n]));
-      return make("li", {}, make("span", { className: "snippet" }, ...snippet(tokens[n])), share, meter, where);
-    });
+  const intro = make("p", { className: "small" }, ...said_of(chosen, writer));
+  const listed = looks.slice(0, MOST_LISTED).map(({ token, weight }) => {
+    const meter = make("div", { className: "meter" });
+    meter.style.width = `${100 * weight}%`;
+    const share = make("span", { className: "percent" }, percent(weight));
+    const where = make("span", { className: "where" }, place_of(token));
+    return make("li", {}, make("span", { className: "snippet" }, ...snippet(token)), share, meter, where);
+  });
   $("looking").replaceChildren(itself, intro, make("ol", {}, ...listed));
+}
+
+/** Where a token comes from, and what it looked for: within a name, and after a line, there is nothing to choose. */
+function said_of(token, writer) {
+  const origin = token.is_prefix ? ["This name was given to ", writer] : [writer, " wrote this"];
+  return [...origin, token.chooses ? ". To choose what comes next, it looked at:" : ". As it was read, it looked at:"];
 }
 
 /** A token between its neighbours, in the block where it is now. */
@@ -438,7 +491,7 @@ function snippet(token) {
 }
 
 function place_of(token) {
-  if (token.by === null) return token.block === COMMON ? "the sheet" : "a heading that each worker has in its view";
+  if (token.by === null) return token.block === COMMON ? "the sheet" : "a heading between the texts";
   const is_finished = blocks.get(COMMON).includes(token);
   if (token.by === chosen.by) return is_finished ? "its own, finished" : "its own line";
   return is_finished ? `${token.by}, finished` : `${token.by}, being written`;
@@ -474,9 +527,22 @@ function tell(text, at_once = state !== "running") {
   last_told = now;
 }
 
+/** Do it; if that fails, say so. What is no fault of a file or a sheet goes to the browser's console too. */
+function attempt(act) {
+  try {
+    act();
+  } catch (error) {
+    fail(error);
+    if (!(error instanceof InputError)) throw error;
+  }
+}
+
+/** Say what went wrong. A run that broke off can begin again; without a model nothing can. */
 function fail(error) {
-  set_state("loading");
-  $("said").textContent = error.message;
+  if (!model) set_state("loading");
+  else set_state(team ? "over" : "editing");
+  waiting_news = [];
+  $("said").textContent = error instanceof InputError ? error.message : `Something went wrong: ${error.message}`;
   $("said").classList.add("bad");
 }
 
@@ -503,10 +569,11 @@ function run_on() {
     draw_step();
     if (state !== "running") return;
     tell_of_end();
-    next_frame = requestAnimationFrame(frame);
+    next_frame = next();
   }
+  const next = () => requestAnimationFrame(() => attempt(frame));
   cancelAnimationFrame(next_frame); // that of a run which was paused a moment ago
-  next_frame = requestAnimationFrame(frame);
+  next_frame = next();
 }
 
 /** That the team has finished, once, where the one worker goes on. */
@@ -530,28 +597,53 @@ function go() {
   set_state("running");
 }
 
-/** One step; the prompt, if it has not been read, before it. */
 function go_one_step() {
   if ($("step").disabled) return;
-  if (team === null) begin();
-  if (state !== "paused") set_state("paused");
-  while (is_reading()) take_step();
-  take_step();
-  draw_step();
-  if (state === "paused") {
-    const doings = team.workers.map(worker => `${worker.name} ${status_of(worker).words}`);
-    tell(`Step ${team.forward_steps}: ${doings.join("; ")}.`);
+  if (team === null) {
+    begin();
+    tell(`${in_words(names())} ${team.workers.length > 1 ? "read" : "reads"} the sheet.`);
   }
+  if (state !== "paused") set_state("paused");
+  step_when_read();
 }
 
-function start_over() {
+/** One step. Before the first one the prompt is read, a piece between two drawings: it takes a second or so. */
+function step_when_read() {
+  if (state !== "paused") return;
+  cancelAnimationFrame(next_frame);
+  const has_read = !is_reading();
+  take_step();
+  draw_step();
+  if (!has_read) next_frame = requestAnimationFrame(() => attempt(step_when_read));
+  else if (state === "paused") tell_of_step();
+}
+
+function tell_of_step() {
+  if (!team.stopped_by) {
+    const doings = team.workers.map(worker => `${worker.name} ${status_of(worker).words}`);
+    tell(`Step ${team.forward_steps}: ${doings.join("; ")}.`);
+  } else if (end_is_told) tell(`One worker alone: step ${solo.forward_steps}.`);
+  else tell_of_end();
+}
+
+/**
+ * Back to the sheet, of which something is said after so many milliseconds of quiet. Without a model nothing can begin:
+ * then what was said of that stays.
+ */
+function start_over(quiet = 0) {
   team = solo = null;
   solved = [];
-  solo_solved = 0;
-  set_state("editing");
-  check_sheet();
+  solo_solved = [];
+  set_state(model ? "editing" : "loading");
+  if (model) check_sheet();
   draw_empty("has not begun");
+  clearTimeout(news_of_sheet);
+  if (!model) return;
+  if (quiet > 0) news_of_sheet = setTimeout(tell_of_sheet, quiet);
+  else tell_of_sheet();
 }
+
+let news_of_sheet = null; // a timer, while somebody types
 
 /** Say beside each line what duet does not understand, before it runs. */
 function check_sheet() {
@@ -565,12 +657,18 @@ function check_sheet() {
   $("problems").replaceChildren(...problems.map(problem => make("li", {}, problem)));
   $("written").ariaInvalid = problems.length > 0;
   set_state(state);
+}
+
+/** The same in the one place that a screen reader reads aloud; the words that stand below the sheet are only heard. */
+function tell_of_sheet() {
+  const problems = [...$("problems").children].map(item => item.textContent);
+  if (problems.length === 0) {
+    tell("Ready: press Start, or change the sheet first.");
+    return;
+  }
   const not_understood = problems.length === 1 ? "One line is" : `${problems.length} lines are`;
-  tell(
-    problems.length
-      ? `${not_understood} not understood yet: see beside the sheet.`
-      : "Ready: press Start, or change the sheet first.",
-  );
+  tell(`${not_understood} not understood yet: see beside the sheet.`);
+  $("said").append(make("span", { className: "unseen" }, ` ${problems.join(" ")}`));
 }
 
 function change_pace() {
@@ -594,9 +692,9 @@ function go_to_neighbour(target, key) {
 }
 
 function listen() {
-  $("go").onclick = go;
-  $("step").onclick = go_one_step;
-  $("over").onclick = start_over;
+  $("go").onclick = () => attempt(go);
+  $("step").onclick = () => attempt(go_one_step);
+  $("over").onclick = () => start_over();
   $("edit").onclick = () => {
     start_over();
     $("written").focus();
@@ -606,14 +704,14 @@ function listen() {
     start_over();
     tell("Another sheet, of random sums: press Start.");
   };
-  $("written").oninput = start_over;
+  $("written").oninput = () => start_over(QUIET);
   $("speed").oninput = change_pace;
   $("heads").onchange = draw_looks;
   $("let_go").onclick = let_go;
   $("workers").onchange = () => {
     const was_running = state === "running";
     start_over();
-    if (was_running) go();
+    if (was_running) attempt(go);
   };
 
   const token_at = event => event.target.closest?.(".t")?.token ?? null;
@@ -644,9 +742,10 @@ function listen() {
     if (in_text && ["ArrowLeft", "ArrowRight", "Home", "End"].includes(key)) go_to_neighbour(target, key);
     else if (key === "Enter" && token_at(event)) hold(token_at(event));
     else if (key === "Escape") let_go();
-    else if (key === " " && !target.matches("button, input, summary")) go();
-    else if (key === "s" || key === "S") go_one_step();
-    else if ((key === "r" || key === "R") && team) start_over();
+    else if (!$("keys").checked) return;
+    else if (key === " " && !target.matches("button, input, summary")) attempt(go);
+    else if (key === "s" || key === "S") attempt(go_one_step);
+    else if ((key === "r" || key === "R") && (state === "paused" || state === "over")) start_over();
     else return;
     event.preventDefault();
   });

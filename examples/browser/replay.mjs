@@ -28,7 +28,7 @@ function read_json(path) {
   return value;
 }
 
-export function load_model(folder) {
+function load_model(folder) {
   const config = parse_config(read_json(join(folder, "config.json")));
   const file = read(join(folder, "model.safetensors"));
   const buffer = file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength);

@@ -28,11 +28,12 @@ function read_line(written, before) {
     );
   const [, name, ...terms] = parts;
 
-  const first = before[0]?.name ?? name;
-  const expected = before.length ? LETTERS[LETTERS.indexOf(first) + before.length] : first;
   if (!/^[a-z]$/.test(name))
     return refuse("its name: one letter", "A line's name is one small letter, as in c = 30 + 45.");
-  if (before.length && expected === undefined)
+  // Letters are counted from the first line whose name is understood: that need not be the first line
+  const named = before.findIndex(other => other.name !== null);
+  const expected = named < 0 ? name : LETTERS[LETTERS.indexOf(before[named].name) + before.length - named];
+  if (expected === undefined)
     return refuse("no letter after z", "Lines are named in the order of the alphabet, which ends at z.");
   if (name !== expected)
     return refuse(
@@ -41,6 +42,9 @@ function read_line(written, before) {
     );
 
   line.name = name; // also where the rest is wrong: lines below may add it
+
+  // By their places: a line that is not understood yet has no name of its own, and may be added all the same
+  const names_above = before.map((_, n) => LETTERS[LETTERS.indexOf(name) - before.length + n]);
 
   const are_numbers = terms.map(term => /^\d+$/.test(term));
   if (are_numbers[0] !== are_numbers[1])
@@ -56,7 +60,7 @@ function read_line(written, before) {
         `duet knows numbers from 0 to 999, without zeros before them; not ${wrong}.`,
       );
   } else {
-    const unknown = terms.find(term => !before.some(other => other.name === term));
+    const unknown = terms.find(term => !names_above.includes(term));
     if (unknown !== undefined)
       return refuse(
         `no ${unknown} above it`,
@@ -68,7 +72,7 @@ function read_line(written, before) {
 
   line.text = `${name} = ${terms[0]} + ${terms[1]}`;
   line.terms = terms;
-  const value_of = term => (are_numbers[0] ? Number(term) : before.find(other => other.name === term).value);
+  const value_of = term => (are_numbers[0] ? Number(term) : before[names_above.indexOf(term)].value);
   const values = terms.map(value_of);
   if (values.includes(null)) return line; // a line that it adds has a problem of its own
   line.value = values[0] + values[1];

@@ -2,13 +2,18 @@
 
 import { require } from "./engine.js";
 
+// What would make a BPE work otherwise
+const UNKNOWN_IN_BPE = ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"];
+
 /** A byte-level BPE that takes a text whole, as duet's tokenizer.json has it. Others are refused. */
 export class Tokenizer {
   constructor(json) {
     const { model, pre_tokenizer, normalizer, added_tokens } = json;
     const splits_nowhere =
-      pre_tokenizer?.type === "ByteLevel" && !pre_tokenizer.use_regex && !pre_tokenizer.add_prefix_space;
-    const is_known = model?.type === "BPE" && !model.byte_fallback && splits_nowhere && !normalizer;
+      pre_tokenizer?.type === "ByteLevel" && pre_tokenizer.use_regex === false && !pre_tokenizer.add_prefix_space;
+    const is_plain = model?.type === "BPE" && !UNKNOWN_IN_BPE.some(key => model[key]);
+    const has_all_bytes = is_plain && letters_of_bytes().every(letter => letter in model.vocab);
+    const is_known = has_all_bytes && splits_nowhere && !normalizer;
     require(is_known, "tokenizer.json: only byte-level BPE that splits and changes no text is supported here");
     this.ids = new Map(Object.entries(model.vocab));
     this.ranks = new Map(model.merges.map((pair, rank) => [pair.join(" "), rank]));
@@ -40,7 +45,8 @@ export class Tokenizer {
   }
 
   decode(ids) {
-    return new TextDecoder().decode(Uint8Array.from(ids.flatMap(id => [...this.bytes_of(id)])));
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // a byte order mark stays in the text
+    return decoder.decode(Uint8Array.from(ids.flatMap(id => [...this.bytes_of(id)])));
   }
 }
 
@@ -53,18 +59,21 @@ function letters_of_bytes() {
 
 /** Put values in the place of `{key}`; all other braces stay. */
 export function fill(template, values) {
-  return template.replace(/\{(\w+)\}/g, (whole, key) => values[key] ?? whole);
+  return template.replace(/\{(\w+)\}/g, (whole, key) => (Object.hasOwn(values, key) ? values[key] : whole));
 }
 
 // ---- when a paragraph ends: as prompts.py has it
 
 const TERMINATORS = ".!?…‼⁇⁈⁉‽。．！？｡।॥؟۔։።፧၊။។៕᙮᠃᠉᭚᭛꓿꘎꘏⸮";
 const SKIPPED = /["'*_~` \p{Pe}\p{Pf}\p{Pi}]/u; // when looking back for the end of a sentence: closing marks
-const FENCE_LINE = /^(?:[^\p{L}\p{N}_`~]|\d+[.)])*(?<fence>`{3,}|~{3,})(?<language>[^`]*)$/u;
+const FENCE_LINE = /^(?:[^\p{L}\p{N}_`~]|\p{Nd}+[.)])*(?<fence>`{3,}|~{3,})(?<language>[^`]*)$/u;
+const SPACE_AT_THE_END = /[\p{Z}\t-\r\x1c-\x1f\x85]+$/u; // what Python takes for white space; trimEnd() does not quite
+
+const trim_end = text => text.replace(SPACE_AT_THE_END, "");
 
 /** Does the text end with a blank line, after a sentence, a code fence or a `$$`; and not inside of those two? */
 export function paragraph_closed(text) {
-  const visible = text.trimEnd();
+  const visible = trim_end(text);
   const line_breaks = text.slice(visible.length).split("\n").length - 1;
   if (line_breaks < 2) return false;
   const prose = without_code(visible);
@@ -82,7 +91,7 @@ function without_code(text) {
   for (const line of text.split("\n")) {
     const mark = line.match(FENCE_LINE)?.groups;
     if (open_fence) {
-      if (mark?.fence.startsWith(open_fence) && mark.language.trim() === "") {
+      if (mark?.fence.startsWith(open_fence) && trim_end(mark.language) === "") {
         open_fence = "";
         prose.push(".");
       }
@@ -93,6 +102,6 @@ function without_code(text) {
 }
 
 function ends_a_sentence(text) {
-  const last = [...text.trimEnd()].reverse().find(character => !SKIPPED.test(character));
+  const last = [...trim_end(text)].reverse().find(character => !SKIPPED.test(character));
   return last !== undefined && TERMINATORS.includes(last);
 }
