@@ -32,7 +32,7 @@ from .layouts import LAYOUTS
 from .plan import plan
 from .prompts import Prompts, load_prompts, prompts_of
 from .replay import digest, schedule_json
-from .show.lines import Lines, report
+from .show.lines import Printer, report
 from .workers import Run, drive
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -189,7 +189,7 @@ def read_standard_input(wait_for_typing: bool) -> str:
 
 def run_and_write(run: Run, options: argparse.Namespace, is_drawn: bool, pace: float) -> int:
     """Show the run while it goes on; write and tell what it gave, also where it failed or was interrupted."""
-    view = Lines([worker.name for worker in run.workers])
+    view = Printer([worker.name for worker in run.workers])
     if is_drawn:
         from .show.panes import Panes  # not above: where nothing is drawn, nothing of it is imported
 

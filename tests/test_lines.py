@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minihogwild.show.lines import Lines, figures_of, report
+from minihogwild.show.lines import Printer, figures_of, report
 
 
 def text(worker: str, words: str) -> dict:
@@ -19,14 +19,14 @@ def begin(worker: str) -> dict:
 
 
 def shown(capsys, names: list[str], *events: dict) -> str:
-    with Lines(names) as lines:
+    with Printer(names) as lines:
         for event in events:
             lines.show(event)
     return capsys.readouterr().out
 
 
 def test_one_workers_text_is_printed_as_it_comes(capsys):
-    with Lines(["Alice"]) as lines:
+    with Printer(["Alice"]) as lines:
         for words in ("a = ", "1\n\n ", "b"):
             lines.show(text("Alice", words))
             assert capsys.readouterr().out == words

@@ -37,7 +37,7 @@ from rich.screen import Screen
 from minihogwild.generate import DUET
 from minihogwild.layouts import COMMON, HEADER_OTHERS, SEPARATOR, block_of
 from minihogwild.prompts import NAMES
-from minihogwild.show.lines import Lines
+from minihogwild.show.lines import Printer
 from minihogwild.show.panes import FRESH_SECONDS, Panes
 
 COMMAND = [sys.executable, "-m", "minihogwild.generate"]
@@ -82,7 +82,7 @@ def panes_of(*names: str, problem: str = "1 + 1", prompt_tokens: int = 1, clock:
         problem=problem,
         prompt=[0] * prompt_tokens,
     )
-    return Panes(Lines(list(names)), run, clock)
+    return Panes(Printer(list(names)), run, clock)
 
 
 def frame(console: Console, panes: Panes) -> list[str]:

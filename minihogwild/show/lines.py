@@ -6,10 +6,10 @@ from ..commands import CONTROL_CODES
 from ..workers import Run
 
 
-class Lines:
+class Printer:
     """Prints a run's text as it grows: one worker's as it comes, several workers' line by line, each with its name.
 
-    `with Lines(names) as lines:` and then `lines.show(event)` for each event of the run. Leaving it ends all lines.
+    `with Printer(names) as lines:` and then `lines.show(event)` for each event of the run. Leaving it ends all lines.
     """
 
     def __init__(self, names: list[str]):
@@ -18,7 +18,7 @@ class Lines:
         # Of writers who are within a paragraph: blank lines since their last line that was not
         self.blank_lines: dict[str, int] = {}
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "Printer":
         return self
 
     def __exit__(self, *error) -> None:

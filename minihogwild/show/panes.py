@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ..commands import CONTROL_CODES
 from ..workers import Run
-from .lines import Lines
+from .lines import Printer
 from .screen import OtherScreen
 
 COLOURS = ["cyan", "magenta", "green", "yellow", "dodger_blue1", "red", "orange1", "medium_purple"]
@@ -63,7 +63,7 @@ class Panes:
     whole, for the size that the screen then has.
     """
 
-    def __init__(self, lines: Lines, run: Run, clock: Clock | None = None):
+    def __init__(self, lines: Printer, run: Run, clock: Clock | None = None):
         self.lines = lines
         self.clock = Clock() if clock is None else clock
         self.console = get_console()
