@@ -30,6 +30,7 @@ class OneShot:
 
         self.rank = rank
         self.ranks = dist.get_world_size()
+        self.largest = LARGEST
         # Two buffers, in turn: who writes to one for the next sum but one has heard, in the next, that all have read it
         self.turn = 0
         self.buffer = symmetric_memory.empty(2 * LARGEST, dtype=torch.uint8, device=device)

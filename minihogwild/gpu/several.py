@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 SECONDS = 120  # that a rank waits for another one, in a sum or when they meet
 SECONDS_OF_SILENCE = 60  # until a rank that says nothing at all counts as lost
 SECONDS_TO_NOTICE = 5  # that rank 0 has to end in good order, where another one has failed
-LARGEST_ONE_SHOT = 2**18  # bytes of a sum: some rows. Beyond, NCCL is faster
 PLACES = 64  # in a file, that are looked at
 ADDRESS = "minihogwild"  # under which rank 0 says where it hears the others
 CANNOT_BE_DONE = 2  # an exit code, as in commands.py
@@ -400,12 +399,13 @@ class Ranks:
     def one_shot_for(self, x: Tensor) -> "OneShot | None":
         """What adds up few rows in one kernel; None where NCCL, or gloo, is to do it."""
         suits = x.is_cuda and x.dtype != torch.float64  # which that kernel would add up in float32
-        if not suits or x.nbytes > LARGEST_ONE_SHOT or not self.one_host:
+        if not suits or not self.one_host:
             return None
         if not self.has_tried_one_shot:
             self.has_tried_one_shot = True
             self.one_shot = self.make_one_shot(x.device)
-        return self.one_shot
+        is_small = self.one_shot is not None and x.nbytes <= self.one_shot.largest
+        return self.one_shot if is_small else None
 
     def make_one_shot(self, device: torch.device) -> "OneShot | None":
         """None where any of the ranks cannot: its GPUs cannot read each other's memory, or PyTorch is older."""
